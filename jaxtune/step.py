@@ -1,0 +1,116 @@
+"""One optimizer step and one evaluation step: pure functions of (state, frozen, batch)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxtune import optim, tree
+from jaxtune.data.packing import Batch
+from jaxtune.models.decoder import Decoder
+from jaxtune.models.layers import Dropout
+from jaxtune.objectives import LossTerm
+
+Objective = Callable[[Decoder, Batch, Dropout | None], LossTerm]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes; donated to it, and all that a checkpoint saves."""
+
+    step: jax.Array  # int32 []: batches consumed, also those whose update was skipped
+    trainable: dict[str, jax.Array]
+    opt_state: optax.OptState
+
+
+class StepMetrics(NamedTuple):
+    """Float32 scalars of one step, on device."""
+
+    loss: LossTerm
+    grad_norm: jax.Array  # before clipping, over the trained parameters
+    lr: jax.Array  # of this update
+    finite: jax.Array  # False: the update was skipped
+
+
+class Program(NamedTuple):
+    """What is fixed for a run. Hashed once by jit, never traced."""
+
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    schedule: str
+    objective: Objective
+    micro_batches: int
+    seed: int
+    dropout: bool  # False leaves dropout out of the program altogether
+
+
+def init_state(program: Program, trainable: dict[str, jax.Array]) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, program.optimizer.init(trainable))
+
+
+def train_step(
+    program: Program, state: TrainState, frozen: dict[str, jax.Array], batch: Batch
+) -> tuple[TrainState, StepMetrics]:
+    """One update from a global batch of [B, T] arrays, B a multiple of `program.micro_batches`.
+
+    Gradients of the summed loss are accumulated and divided once by the tokens of the whole batch.
+    An update that is not finite is skipped: only `step` advances.
+    """
+    hyper: dict[str, Any] = state.opt_state.hyperparams  # type: ignore[union-attr]  # inject_hyperparams
+    step_key = jax.random.fold_in(jax.random.key(program.seed), state.step)
+
+    def loss(trainable: dict[str, jax.Array], micro: Batch, key: jax.Array):
+        model = tree.merge(program.graphdef, {**frozen, **trainable})
+        dropout = Dropout(hyper["dropout"], key) if program.dropout else None
+        term = program.objective(model, micro, dropout)
+        return term.total, term
+
+    gradient = jax.grad(loss, has_aux=True)
+
+    def accumulate(carry, scanned):
+        new = gradient(state.trainable, *scanned)
+        return jax.tree.map(jnp.add, carry, new), None
+
+    count = program.micro_batches
+    if count == 1:
+        grads, term = gradient(state.trainable, batch, step_key)
+    else:
+        # Every count-th row goes to one micro-batch, so a batch cut over devices stays where it is.
+        micro = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+        zero = jnp.zeros((), jnp.float32)
+        start = (jax.tree.map(jnp.zeros_like, state.trainable), LossTerm(zero, zero, zero))
+        keys = jax.random.split(step_key, count)
+        (grads, term), _ = jax.lax.scan(accumulate, start, (micro, keys))
+    grads = jax.tree.map(lambda g: g / jnp.maximum(term.weight, 1.0), grads)
+
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(term.total)
+    lr = optim.learning_rate(program.schedule, state.opt_state)
+    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (trainable, opt_state),
+        (state.trainable, state.opt_state),
+    )
+    return TrainState(state.step + 1, *kept), StepMetrics(term, norm, lr, finite)
+
+
+def eval_step(
+    program: Program,
+    trainable: dict[str, jax.Array],
+    frozen: dict[str, jax.Array],
+    batch: Batch,
+) -> LossTerm:
+    """Loss sums of one batch, without dropout."""
+    model = tree.merge(program.graphdef, {**frozen, **trainable})
+    return program.objective(model, batch, None)
+
+
+def compiled(program: Program) -> tuple[Callable, Callable]:
+    """(train_step, eval_step) bound to `program` and jitted; the train state is donated."""
+    train = jax.jit(lambda *args: train_step(program, *args), donate_argnums=0)
+    return train, jax.jit(lambda *args: eval_step(program, *args))
