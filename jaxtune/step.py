@@ -29,6 +29,7 @@ class StepMetrics(NamedTuple):
     """Float32 scalars of one step, on device."""
 
     loss: LossTerm
+    tokens: jax.Array  # real ones, padding not counted
     grad_norm: jax.Array  # before clipping, over the trained parameters
     lr: jax.Array  # of this update
     finite: jax.Array  # False: the update was skipped
@@ -96,7 +97,8 @@ def train_step(
         (trainable, opt_state),
         (state.trainable, state.opt_state),
     )
-    return TrainState(state.step + 1, *kept), StepMetrics(term, norm, lr, finite)
+    tokens = jnp.sum(batch.segments > 0).astype(jnp.float32)
+    return TrainState(state.step + 1, *kept), StepMetrics(term, tokens, norm, lr, finite)
 
 
 def eval_step(

@@ -1,0 +1,14 @@
+"""LoRA on any model and data: give --config.model.path and --config.data.train."""
+
+from jaxtune.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.lora.r = 16
+    config.lora.alpha = 32.0
+    config.data.eval_fraction = 0.02
+    config.train.epochs = 3.0
+    config.train.batch_size = 16
+    config.eval.every = 100
+    return config

@@ -1,0 +1,226 @@
+"""The command line: verbs, flags, one line per failure. Heavy imports wait for the verb that needs them."""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jaxtune import __version__
+from jaxtune.errors import ConfigError, Failure
+
+_EPILOG = """\
+config overrides: --config.KEY=VALUE, such as --config.optim.lr=1e-4 --config.train.epochs=2
+
+first runs:
+  jaxtune train --config=configs/quickstart.py --workdir=runs/quickstart
+  jaxtune train --config=configs/lora.py --config.model.path=FOLDER_OR_HUB_ID \\
+                --config.data.train=rows.jsonl --workdir=runs/mine
+  jaxtune export --workdir=runs/mine --format=hf --out=mine-merged
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, fix=f"{self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code of DESIGN's contract (0, 2, 65, 70, 74, 75, 76, 130)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        args, overrides = _parse(arguments)
+        result = args.run(args, overrides)
+    except Failure as error:
+        return _fail(error.line(), error.exit_code, debug)
+    except KeyboardInterrupt:
+        return _fail("jaxtune: error[cancelled]: interrupted; try: the same command", 130, debug)
+    except BrokenPipeError:  # the reader of stdout has gone, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        name = type(error).__name__
+        text = " ".join(str(error).split())[:500]
+        return _fail(f"jaxtune: error[internal]: {name}: {text}; try: --debug", 70, debug)
+    if args.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _fail(line: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(line, file=sys.stderr)
+    return code
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    parser = _Parser(
+        prog="jaxtune",
+        description="Fine-tune language models with JAX.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"jaxtune {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    for name, (run, about, flags) in _VERBS.items():
+        verb = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
+        verb.set_defaults(run=run)
+        for flag, options in (flags | _COMMON).items():
+            verb.add_argument(flag, **options)
+    args, rest = parser.parse_known_args(arguments)
+    return args, _overrides(rest, [*_VERBS], hasattr(args, "config"))
+
+
+def _overrides(rest: list[str], verbs: list[str], takes_config: bool) -> dict[str, str]:
+    """["--config.a.b=1", "--config.c", "2"] -> {"a.b": "1", "c": "2"}; anything else is an error."""
+    overrides: dict[str, str] = {}
+    words = iter(rest)
+    for word in words:
+        if not takes_config or not word.startswith("--config."):
+            close = difflib.get_close_matches(word, ["--config", "--workdir", *verbs], n=1)
+            raise ConfigError(
+                f"unknown argument {word!r}",
+                fix=f"did you mean {close[0]}?" if close else "jaxtune VERB --help",
+            )
+        key, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(words, None)
+            if value is None:
+                raise ConfigError(f"{word} has no value", fix=f"{word}=VALUE")
+        overrides[key] = value
+    return overrides
+
+
+def _config(args: argparse.Namespace, overrides: dict[str, str]):
+    from jaxtune import config
+
+    if not args.config:
+        raise ConfigError("no config file", fix="--config=configs/lora.py")
+    return config.load(args.config, overrides)
+
+
+def _train(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
+    config = _config(args, overrides)
+    from jaxtune.console import say
+    from jaxtune.train import fit
+
+    result = fit(config, _workdir(args))
+    if result["loss_before"] is not None:
+        say(f"evaluation loss {result['loss_before']:.4f} -> {result['loss_after']:.4f}")
+    say(f"done: {result['steps']} steps in {args.workdir}; next: "
+        f"jaxtune export --workdir={args.workdir} --format=hf --out=DIR")  # fmt: skip
+    return result
+
+
+def _eval(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
+    from jaxtune.tuned import evaluate, show_scores
+
+    scores = evaluate(_workdir(args), data=args.data, step=args.step)
+    show_scores(scores)
+    return scores
+
+
+def _generate(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
+    from jaxtune.tuned import generate
+
+    if bool(args.prompt) == bool(args.prompts):
+        raise ConfigError("no prompt, or two", fix="--prompt=TEXT or --prompts=FILE (a line each)")
+    prompts = [args.prompt] if args.prompt else _lines(Path(args.prompts))
+    texts = generate(
+        _workdir(args),
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        base=args.base,
+        step=args.step,
+    )
+    if not args.json:
+        print("\n".join(texts))
+    return {"prompts": prompts, "texts": texts}
+
+
+def _export(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
+    from jaxtune.console import say
+    from jaxtune.tuned import export
+
+    if not args.out:
+        raise ConfigError("no output folder", fix="--out=DIR")
+    result = export(_workdir(args), args.out, format=args.format, step=args.step)
+    say(f"{result['format']} export of step {result['step']} written to {args.out} and verified")
+    return result
+
+
+def _data(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
+    config = _config(args, overrides)
+    from jaxtune.tuned import show_data
+
+    return show_data(config)
+
+
+def _workdir(args: argparse.Namespace) -> str:
+    if not args.workdir:
+        raise ConfigError("no workdir", fix="--workdir=DIR, a folder for this run")
+    return args.workdir
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts={file} cannot be read: {error}", fix="a text file") from None
+
+
+_WORKDIR = {"--workdir": {"metavar": "DIR", "help": "folder of the run"}}
+_CONFIG = {"--config": {"metavar": "FILE", "help": "page of Python with get_config()"}}
+_STEP = {"--step": {"type": int, "help": "checkpoint to use (default: the best, else the newest)"}}
+_COMMON = {
+    "--json": {"action": "store_true", "help": "one JSON object on stdout"},
+    "--debug": {"action": "store_true", "help": "show tracebacks"},
+}
+_VERBS: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, dict[str, Any]]]] = {
+    "train": (
+        _train,
+        "fine-tune; goes on from the workdir's newest checkpoint",
+        _CONFIG | _WORKDIR,
+    ),
+    "eval": (
+        _eval,
+        "loss, perplexity and token accuracy of base and tuned model",
+        _WORKDIR | _STEP | {"--data": {"help": "rows to score (default: the run's own)"}},
+    ),
+    "generate": (
+        _generate,
+        "text from prompts",
+        _WORKDIR
+        | _STEP
+        | {
+            "--prompt": {"metavar": "TEXT"},
+            "--prompts": {"metavar": "FILE", "help": "one prompt a line"},
+            "--max-new-tokens": {"type": int, "default": 128},
+            "--temperature": {"type": float, "default": 0.0, "help": "0 is greedy"},
+            "--top-p": {"type": float, "default": 1.0},
+            "--seed": {"type": int, "default": 0},
+            "--base": {"action": "store_true", "help": "of the base model, without the tuning"},
+        },
+    ),
+    "export": (
+        _export,
+        "a Hugging Face folder: the merged model or a PEFT adapter, verified",
+        _WORKDIR
+        | _STEP
+        | {
+            "--format": {"choices": ("hf", "peft"), "default": "hf"},
+            "--out": {"metavar": "DIR"},
+        },
+    ),
+    "data": (_data, "what the model will see: masks, lengths, packing, rejects", _CONFIG),
+}
