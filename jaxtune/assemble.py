@@ -1,4 +1,4 @@
-"""From a config to a model in its place: which leaves there are, who trains them, where they live."""
+"""From a config to a model in its place: its leaves, who trains them, where they live."""
 
 from dataclasses import dataclass
 from pathlib import Path

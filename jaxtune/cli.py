@@ -1,4 +1,7 @@
-"""The command line: verbs, flags, one line per failure. Heavy imports wait for the verb that needs them."""
+"""The command line: verbs, flags, one line per failure.
+
+Heavy imports wait for the verb that needs them, so that --help answers at once.
+"""
 
 import argparse
 import difflib
@@ -79,7 +82,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 
 def _overrides(rest: list[str], verbs: list[str], takes_config: bool) -> dict[str, str]:
-    """["--config.a.b=1", "--config.c", "2"] -> {"a.b": "1", "c": "2"}; anything else is an error."""
+    """["--config.a.b=1", "--config.c", "2"] -> {"a.b": "1", "c": "2"}; the rest is an error."""
     overrides: dict[str, str] = {}
     words = iter(rest)
     for word in words:

@@ -186,7 +186,7 @@ def _field_type(annotation: Any, name: str, key: str) -> Any:
         close = [k for k in _all_keys() if k.split(".")[-1] == name][:1]
         hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(names) or 'none'}"
     else:
-        hint = f"did you mean {'.'.join([*key.split('.')[:-1], close[0]])}?"
+        hint = f"did you mean {key.replace(name, close[0], 1)}?"
     raise ConfigError(f"unknown config key {key!r}", fix=hint)
 
 
@@ -241,18 +241,20 @@ def _spell(annotation: Any) -> str:
 
 def _parse(text: str, annotation: Any, key: str) -> Any:
     """Flag text -> value: JSON where it is JSON of the right type, else the text, else a list."""
-    candidates: list[Any] = []
-    try:
-        candidates.append(json.loads(text))
-    except json.JSONDecodeError:
-        candidates.extend({"True": [True], "False": [False], "None": [None]}.get(text, []))
-    candidates += [text, [part for part in text.split(",") if part]]
-    for candidate in candidates:
+    parts = [part for part in text.split(",") if part]
+    for candidate in (_literal(text), text, [_literal(part) for part in parts], parts):
         try:
             return _coerce(candidate, annotation, key)
         except ConfigError:
             continue
-    return _coerce(candidates[0], annotation, key)
+    return _coerce(_literal(text), annotation, key)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _run_config_file(file: str) -> "ConfigDict":

@@ -8,7 +8,7 @@ from jaxtune.console import say
 
 
 class Stop:
-    """While entered, the first Ctrl-C or SIGTERM sets `asked`; a second Ctrl-C interrupts at once."""
+    """While entered, the first Ctrl-C or SIGTERM sets `asked`; a second Ctrl-C interrupts."""
 
     def __init__(self) -> None:
         self.asked = False

@@ -68,7 +68,7 @@ class Setup(NamedTuple):
 
 
 def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
-    """Fine-tunes as `config` says, going on from the newest checkpoint in `workdir` if there is one.
+    """Fine-tunes as `config` says, going on from the newest checkpoint in `workdir` if any.
 
     Returns what result.json holds: steps, losses before and after, tokens, seconds, paths.
 

@@ -1,7 +1,7 @@
 """Safetensors checkpoints as data: what tensors a folder holds, and the bytes of any of them.
 
 Files are read with plain reads, not mapped, so that reading a checkpoint does not count twice in
-memory. Headers are checked before anything is allocated; names from an index never leave the folder.
+memory. Headers are checked before anything is allocated; names in an index never leave the folder.
 """
 
 import hashlib

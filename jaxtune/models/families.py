@@ -72,7 +72,7 @@ def _llama(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _rope(hf: Mapping[str, Any]) -> Rope:
-    """Reads transformers 5's `rope_parameters` and transformers 4's `rope_theta` + `rope_scaling`."""
+    """Reads `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
     found = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     kind = found.get("rope_type", found.get("type", "default"))
     theta = float(found.get("rope_theta", hf.get("rope_theta", 10000.0)))

@@ -1,0 +1,51 @@
+"""Tiny random Llama checkpoints, written without transformers or torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from jaxtune import tree
+from jaxtune.models.decoder import Decoder
+from jaxtune.models.families import family
+
+SIZES: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+
+
+def tensors(hf: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """{Hugging Face name: random float32 array} of a config."""
+    rows, rng = family(hf), np.random.default_rng(seed)
+    model = nnx.eval_shape(lambda: Decoder(rows.config(hf), rngs=nnx.Rngs(0)))
+    found = {}
+    for path, leaf in tree.split(model)[1].items():
+        for single in tree.layer_paths(path):
+            shape = leaf.shape[1:] if tree.layer_range(path) is not None else leaf.shape
+            shape = shape[::-1] if path.endswith(".kernel") else shape
+            noise = rng.normal(0, 0.2, shape).astype(np.float32)
+            found[rows.tensor(single)] = 1 + noise if path.endswith(".scale") else noise
+    return found
+
+
+def write(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A Hugging Face folder of config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hf = SIZES | changes
+    (folder / "config.json").write_text(json.dumps(hf))
+    save_file(tensors(hf, seed), folder / "model.safetensors")
+    return folder
