@@ -143,6 +143,7 @@ def _generate(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, 
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
+        chat=args.chat,
         base=args.base,
         step=args.step,
     )
@@ -182,10 +183,14 @@ def _lines(file: Path) -> list[str]:
         raise ConfigError(f"--prompts={file} cannot be read: {error}", fix="a text file") from None
 
 
-_WORKDIR = {"--workdir": {"metavar": "DIR", "help": "folder of the run"}}
-_CONFIG = {"--config": {"metavar": "FILE", "help": "page of Python with get_config()"}}
-_STEP = {"--step": {"type": int, "help": "checkpoint to use (default: the best, else the newest)"}}
-_COMMON = {
+_WORKDIR: dict[str, dict[str, Any]] = {"--workdir": {"metavar": "DIR", "help": "folder of the run"}}
+_CONFIG: dict[str, dict[str, Any]] = {
+    "--config": {"metavar": "FILE", "help": "page of Python with get_config()"}
+}
+_STEP: dict[str, dict[str, Any]] = {
+    "--step": {"type": int, "help": "checkpoint to use (default: the best, else the newest)"}
+}
+_COMMON: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "one JSON object on stdout"},
     "--debug": {"action": "store_true", "help": "show tracebacks"},
 }
@@ -212,6 +217,7 @@ _VERBS: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, dict[str, 
             "--temperature": {"type": float, "default": 0.0, "help": "0 is greedy"},
             "--top-p": {"type": float, "default": 1.0},
             "--seed": {"type": int, "default": 0},
+            "--chat": {"action": "store_true", "help": "each prompt is a user's turn"},
             "--base": {"action": "store_true", "help": "of the base model, without the tuning"},
         },
     ),

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 import jaxtune
-from jaxtune import assemble, checkpoint, metrics, optim, sharding, tree
+from jaxtune import assemble, checkpoint, metrics, optim, setup, sharding
 from jaxtune.assemble import Assembly
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
@@ -23,11 +22,10 @@ from jaxtune.console import bar, say
 from jaxtune.data import pipeline
 from jaxtune.data.packing import Batch, Rows, digest
 from jaxtune.errors import Cancelled, ConfigError, Interrupted, NumericsError, StorageError
+from jaxtune.evaluate import evaluate
 from jaxtune.hf import files, tokenizer
-from jaxtune.objectives import LossTerm
-from jaxtune.objectives.sft import next_token
 from jaxtune.signals import Stop
-from jaxtune.step import Program, StepMetrics, TrainState, compiled, init_state
+from jaxtune.step import Program, StepMetrics, TrainState, compiled
 from jaxtune.workdir import check_fingerprint, lock
 
 MOST_SKIPPED = 5  # non-finite steps in a row that end a run
@@ -44,7 +42,7 @@ class Progress:
     weight: float = 0.0
     correct: float = 0.0
     window_tokens: int = 0
-    evals: list[tuple[int, float]] = dataclasses.field(default_factory=list)  # (step, loss)
+    evals: list[list[Any]] = dataclasses.field(default_factory=list)  # [step, loss] each
 
     def since_best(self) -> int:
         """Evaluations since the lowest loss."""
@@ -52,7 +50,7 @@ class Progress:
         return len(losses) - 1 - int(np.argmin(losses)) if losses else 0
 
 
-class Setup(NamedTuple):
+class Ready(NamedTuple):
     """A run that is ready to step."""
 
     assembly: Assembly
@@ -60,6 +58,7 @@ class Setup(NamedTuple):
     mesh: Mesh
     frozen: dict[str, jax.Array]
     state: TrainState
+    saver: Checkpoints
     train: Rows
     eval: Rows | None
     steps: int
@@ -78,53 +77,48 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
     workdir = Path(workdir)
     started = time.monotonic()
     with lock(workdir), Stop() as stop:
-        saver = Checkpoints(
-            workdir / "checkpoints", keep=config.checkpoint.keep, best=config.checkpoint.best
-        )
-        setup = prepare(config, workdir)
-        state, progress, steps = setup.state, setup.progress, setup.steps
+        ready = prepare(config, workdir)
+        state, progress, steps = ready.state, ready.progress, ready.steps
         first = int(state.step)
-        _write_json(workdir / "config.json", config.to_dict())
+        _write_json(workdir / setup.CONFIG, setup.portable(config))
         writer = metrics.Writer(
             workdir,
             tensorboard=config.train.tensorboard,
             wandb=config.train.wandb,
             resume_step=first,
         )
-        train_step, eval_step = compiled(setup.program)
+        train_step, eval_step = compiled(ready.program)
         meter = metrics.Meter()
 
-        def evaluate(step: int) -> None:
-            if setup.eval is None or any(at == step for at, _ in progress.evals):
+        def measure(step: int) -> None:
+            if ready.eval is None or any(at == step for at, _ in progress.evals):
                 return
             with meter.excluded():
-                term = _evaluate(eval_step, state, setup, config, stop)
-            if term is None:
-                return  # asked to stop: the evaluation is done again on resuming
-            loss = float(term.total / max(term.weight, 1))
-            progress.evals.append((step, loss))
-            accuracy = float(term.correct / max(term.weight, 1))
-            writer.write(step, "eval", {"loss": loss, "accuracy": accuracy,
-                                        "perplexity": math.exp(min(loss, 700.0))})  # fmt: skip
-            say(f"step {step}: evaluation loss {loss:.4f}, token accuracy {accuracy:.1%}")
+                batches = _eval_batches(config, ready, stop)
+                score = evaluate(eval_step, state.trainable, ready.frozen, batches)
+            if stop.asked:
+                return  # it ended early, and is done again on resuming
+            progress.evals.append([step, score.loss])
+            writer.write(step, "eval", score._asdict())
+            say(f"step {step}: evaluation loss {score.loss:.4f}, accuracy {score.accuracy:.1%}")
 
         def save(step: int) -> None:
             with meter.excluded():
-                at = dict(progress.evals).get(step)
+                losses = [loss for done, loss in progress.evals if done == step]
                 meta = {
-                    "fingerprint": setup.fingerprint,
+                    "fingerprint": ready.fingerprint,
                     "progress": dataclasses.asdict(progress),
                 }
-                saver.save(step, state, meta=meta, loss=at)
+                ready.saver.save(step, state, meta=meta, loss=losses[0] if losses else None)
 
-        with jax.set_mesh(setup.mesh), bar("training", steps, first) as show, closing(writer):
-            evaluate(first)
-            batches = _batches(config, setup, first)
+        with jax.set_mesh(ready.mesh), bar("training", steps, first) as show, closing(writer):
+            measure(first)
+            batches = _batches(config, ready, first)
             pending: tuple[int, StepMetrics] | None = None
             step = first
             while step < steps and not stop.asked and not _impatient(config, progress):
                 with meter.excluded() if step == first else nullcontext():  # it compiles
-                    state, measured = train_step(state, setup.frozen, next(batches))
+                    state, measured = train_step(state, ready.frozen, next(batches))
                 step += 1
                 # The device is busy with this step while the host reads the one before it.
                 if pending is not None:
@@ -136,7 +130,7 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
                     _record(pending, config, progress, meter, writer, show)
                     pending = None
                     if due_eval or step == steps:
-                        evaluate(step)
+                        measure(step)
                     if due_save or due_eval or step == steps:
                         save(step)
             if pending is not None:
@@ -146,10 +140,10 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
                 raise _stopped(stop, step, workdir)
             if step < steps:
                 say(f"step {step}: no better evaluation in {config.eval.patience}, stopped early")
-        return _finish(config, workdir, setup, progress, step, time.monotonic() - started)
+        return _finish(config, workdir, ready, progress, step, time.monotonic() - started)
 
 
-def prepare(config: Config, workdir: Path) -> Setup:
+def prepare(config: Config, workdir: Path) -> Ready:
     """Reads, checks and places everything a run needs, cheapest checks first."""
     if not config.model.path:
         raise ConfigError("model.path is empty", fix="--config.model.path=FOLDER_OR_HUB_ID")
@@ -165,60 +159,40 @@ def prepare(config: Config, workdir: Path) -> Setup:
     steps = config.train.steps or math.ceil(config.train.epochs * len(prepared.train) / per_step)
     fingerprint = _fingerprint(config, folder, prepared.train, prepared.eval, steps)
 
-    groups = {path: assembly.groups[path] for path in assembly.trained}
-    program = Program(
-        graphdef=assembly.graphdef,
-        optimizer=optim.make(config, groups, steps),
-        schedule=config.optim.schedule,
-        objective=next_token,
-        micro_batches=config.train.grad_accum,
-        seed=config.train.seed,
-        dropout=config.lora.dropout > 0,
-    )
     where = workdir / "checkpoints"
+    saver = Checkpoints(where, keep=config.checkpoint.keep, best=config.checkpoint.best)
     if (meta := checkpoint.latest_meta(where)) is not None:
         check_fingerprint(meta["fingerprint"], fingerprint)
-    trainable, frozen = _weights(config, assembly)
-    state = _place(init_state(program, trainable), mesh)
+    program = setup.program(config, assembly, steps)
+    state, frozen = setup.initial(config, assembly, program, mesh)
     progress = Progress()
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-    restored = checkpoint.restore(where, abstract)
+    restored = checkpoint.restore(where, setup.abstract(state))
     if restored is not None:
         for line in restored.skipped:
             say(f"skipped a damaged checkpoint: {line}")
         state, progress = restored.state, Progress(**restored.meta["progress"])
-        progress.evals = [(step, loss) for step, loss in progress.evals]
         say(f"resuming at step {restored.step} of {steps}")
     else:
         _say_size(config, assembly, steps, mesh)
-    return Setup(
-        assembly, program, mesh, frozen, state, prepared.train, prepared.eval, steps, progress,
-        fingerprint,
-    )  # fmt: skip
-
-
-def _weights(config: Config, assembly: Assembly) -> tuple[dict, dict]:
-    """(trained leaves, frozen leaves), from the base, and new adapters or those of lora.init."""
-    params = assemble.base(assembly) | assemble.fresh(config, assembly)
-    if config.lora.r and config.lora.init != "default":
-        params |= assemble.adapter(config, assembly)
-    return tree.partition(params, assembly.groups)
-
-
-def _place(state: TrainState, mesh: Mesh) -> TrainState:
-    """Scalars of the optimizer are born on one device; a step wants everything on the mesh."""
-    whole = NamedSharding(mesh, P())
-    return jax.tree.map(
-        lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole), state
+    return Ready(
+        assembly=assembly,
+        program=program,
+        mesh=mesh,
+        frozen=frozen,
+        state=state,
+        saver=saver,
+        train=prepared.train,
+        eval=prepared.eval,
+        steps=steps,
+        progress=progress,
+        fingerprint=fingerprint,
     )
 
 
-def _batches(config: Config, setup: Setup, first: int) -> Iterator[Batch]:
+def _batches(config: Config, ready: Ready, first: int) -> Iterator[Batch]:
     """Batches on the mesh, from step `first` on."""
     local = pipeline.batches(
-        setup.train,
+        ready.train,
         config.train.batch_size,
         config.train.seed,
         config.data.shuffle,
@@ -226,27 +200,19 @@ def _batches(config: Config, setup: Setup, first: int) -> Iterator[Batch]:
         jax.process_index(),
         jax.process_count(),
     )
-    for batch in local:
-        yield _to_mesh(batch, setup.mesh)
+    return setup.to_mesh(local, ready.mesh)
 
 
-def _to_mesh(batch: Batch, mesh: Mesh) -> Batch:
-    rows = NamedSharding(mesh, P(sharding.BATCH, None))
-    return Batch(*(jax.make_array_from_process_local_data(rows, x) for x in batch))
-
-
-def _evaluate(eval_step, state: TrainState, setup: Setup, config: Config, stop: Stop):
-    """Summed LossTerm over the evaluation rows, or None when asked to stop midway."""
-    assert setup.eval is not None
-    total = LossTerm(np.float64(0), np.float64(0), np.float64(0))
-    for batch in pipeline.eval_batches(
-        setup.eval, config.train.batch_size, jax.process_index(), jax.process_count()
-    ):
+def _eval_batches(config: Config, ready: Ready, stop: Stop) -> Iterator[Batch]:
+    """The evaluation rows on the mesh; ends early when asked to stop."""
+    assert ready.eval is not None
+    local = pipeline.eval_batches(
+        ready.eval, config.train.batch_size, jax.process_index(), jax.process_count()
+    )
+    for batch in setup.to_mesh(local, ready.mesh):
+        yield batch
         if stop.asked:
-            return None
-        term = eval_step(state.trainable, setup.frozen, _to_mesh(batch, setup.mesh))
-        total = LossTerm(*(a + float(b) for a, b in zip(total, term, strict=True)))
-    return total
+            return
 
 
 def _record(pending, config: Config, progress: Progress, meter, writer, show) -> None:
@@ -292,7 +258,7 @@ def _impatient(config: Config, progress: Progress) -> bool:
     return bool(config.eval.patience) and progress.since_best() >= config.eval.patience
 
 
-def _finish(config, workdir: Path, setup: Setup, progress: Progress, step: int, seconds: float):
+def _finish(config, workdir: Path, ready: Ready, progress: Progress, step: int, seconds: float):
     best = min(progress.evals, key=lambda pair: pair[1], default=None)
     result = {
         "steps": step,
@@ -301,7 +267,7 @@ def _finish(config, workdir: Path, setup: Setup, progress: Progress, step: int, 
         "best_step": best[0] if best else step,
         "best_loss": best[1] if best else None,
         "tokens": progress.tokens,
-        "trained_parameters": sum(math.prod(s.shape) for s in setup.assembly.trained.values()),
+        "trained_parameters": sum(math.prod(s.shape) for s in ready.assembly.trained.values()),
         "seconds": round(seconds, 3),
         "workdir": str(workdir),
         "version": jaxtune.__version__,

@@ -1,0 +1,188 @@
+"""A workdir, opened again: score it, write with it, export it."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.table import Table
+
+from jaxtune import assemble, checkpoint, lora, setup, sharding, tree
+from jaxtune import generate as generation
+from jaxtune.assemble import Assembly
+from jaxtune.config import Config
+from jaxtune.console import say, stderr
+from jaxtune.data import audit, pipeline, templates
+from jaxtune.errors import ConfigError
+from jaxtune.evaluate import Score
+from jaxtune.evaluate import evaluate as score
+from jaxtune.hf import adapter as peft
+from jaxtune.hf import export as merged
+from jaxtune.hf import files, load
+from jaxtune.hf import tokenizer as tokenizers
+from jaxtune.step import Program, compiled
+
+
+class Tuned(NamedTuple):
+    """A run's model at one checkpoint."""
+
+    config: Config
+    assembly: Assembly
+    mesh: Mesh
+    program: Program
+    step: int
+    trainable: dict[str, jax.Array]
+    base: dict[str, jax.Array]  # the same leaves of the base model
+    frozen: dict[str, jax.Array]
+    tokenizer: Any
+    template: str | None
+
+    def model(self, *, base: bool = False):
+        """The decoder as a flax module."""
+        leaves = self.base if base else self.trainable
+        return tree.merge(self.program.graphdef, {**self.frozen, **leaves})
+
+
+def open_run(workdir: str | Path, step: int | None = None) -> Tuned:
+    """The model of a workdir at `step`, by default the best evaluated, else the newest.
+
+    Raises:
+      ConfigError: no run in that folder.
+      StorageError: no checkpoint that verifies.
+    """
+    workdir = Path(workdir)
+    config = setup.read_config(workdir)
+    folder = files.resolve(config.model.path)
+    mesh = sharding.make_mesh(config.mesh)
+    assembly = assemble.assemble(config, folder, mesh)
+    program = setup.program(config, assembly, max(config.train.steps, 1))
+    state, frozen = setup.initial(config, assembly, program, mesh)
+    where = workdir / "checkpoints"
+    if step is None and config.checkpoint.best:
+        step = checkpoint.best_step(where)
+    restored = checkpoint.restore(where, setup.abstract(state), step)
+    if restored is None:
+        raise ConfigError(f"{workdir} holds no checkpoint yet", fix="jaxtune train in it first")
+    for line in restored.skipped:
+        say(f"skipped a damaged checkpoint: {line}")
+    tokenizer = tokenizers.load_tokenizer(str(folder), assembly.decoder.vocab_size)
+    return Tuned(
+        config,
+        assembly,
+        mesh,
+        program,
+        restored.step,
+        restored.state.trainable,
+        {k: jnp.zeros_like(v) if k.endswith(".lora.B") else v for k, v in state.trainable.items()},
+        frozen,
+        tokenizer,
+        templates.chat_template(tokenizer, config.data.template),
+    )
+
+
+def evaluate(
+    workdir: str | Path, *, data: str | None = None, step: int | None = None
+) -> dict[str, Any]:
+    """Scores of the base and of the tuned model on the run's evaluation rows, or those of `data`.
+
+    Returns {"step", "rows", "base": {loss, perplexity, accuracy, tokens}, "tuned": {...}}.
+    """
+    tuned = open_run(workdir, step)
+    config = tuned.config
+    if data is not None:
+        only = dataclasses.replace(config.data, train=data, eval="", eval_fraction=0.0)
+        config = dataclasses.replace(config, data=only)
+    prepared = pipeline.prepare(config, tuned.tokenizer, say)
+    rows = prepared.eval if data is None else prepared.train
+    if rows is None:
+        raise ConfigError("the run has no evaluation rows", fix="--data=FILE")
+    _, eval_step = compiled(tuned.program)
+
+    def scored(leaves: dict[str, jax.Array]) -> dict[str, Any]:
+        batches = pipeline.eval_batches(
+            rows, config.train.batch_size, jax.process_index(), jax.process_count()
+        )
+        with jax.set_mesh(tuned.mesh):
+            placed = setup.to_mesh(batches, tuned.mesh)
+            return score(eval_step, leaves, tuned.frozen, placed)._asdict()
+
+    return {
+        "step": tuned.step,
+        "rows": len(rows),
+        "base": scored(tuned.base),
+        "tuned": scored(tuned.trainable),
+    }
+
+
+def show_scores(scores: dict[str, Any]) -> None:
+    """The scores as a table on stderr."""
+    table = Table(title=f"step {scores['step']}, {scores['base']['tokens']:,} tokens that count")
+    for column in ("", "loss", "perplexity", "token accuracy"):
+        table.add_column(column, justify="right" if column else "left")
+    for name in ("base", "tuned"):
+        one = Score(**scores[name])
+        table.add_row(name, f"{one.loss:.4f}", f"{one.perplexity:.3f}", f"{one.accuracy:.1%}")
+    stderr.print(table)
+
+
+def generate(
+    workdir: str | Path,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    base: bool = False,
+    step: int | None = None,
+) -> list[str]:
+    """What the tuned model writes after each prompt; `chat` makes each a user's turn first."""
+    tuned = open_run(workdir, step)
+    turns = [[{"role": "user", "content": text}] if chat else text for text in prompts]
+    with jax.set_mesh(tuned.mesh):
+        return generation.complete(
+            tuned.model(base=base),
+            tuned.tokenizer,
+            turns,
+            max_new_tokens=max_new_tokens,
+            template=tuned.template,
+            sampling=generation.Sampling(temperature, top_p=top_p, seed=seed),
+        )
+
+
+def export(
+    workdir: str | Path, out: str | Path, *, format: str = "hf", step: int | None = None
+) -> dict[str, Any]:
+    """Writes a Hugging Face folder: `hf` the merged model, `peft` the adapter. Read back to verify.
+
+    Raises:
+      ConfigError: an unknown format, `out` is not empty, or full fine-tuning asked for as peft.
+      Failure: see `write_merged` and `write_adapter`; nothing is left in `out`.
+    """
+    if format not in ("hf", "peft"):
+        raise ConfigError(f"format {format!r} is not known", fix="hf or peft")
+    tuned = open_run(workdir, step)
+    config, assembly = tuned.config, tuned.assembly
+    leaves = tuned.trainable | {
+        path: leaf for path, leaf in tuned.frozen.items() if path.endswith((".lora.A", ".lora.B"))
+    }
+    common = (Path(out), assembly.folder, assembly.family, assembly.decoder, jax.device_get(leaves))
+    if format == "hf":
+        scale = lora.scale(config.lora) if config.lora.r else 0.0
+        written = merged.write_merged(*common, scale=scale)
+    else:
+        written = peft.write_adapter(*common, lora=config.lora, base_name=config.model.path)
+    return {"format": format, "step": tuned.step, "out": str(out), **written._asdict()}
+
+
+def show_data(config: Config) -> dict[str, Any]:
+    """Shows on stderr what the model will see; returns the same as JSON values."""
+    folder = files.resolve(config.model.path)
+    tokenizer = tokenizers.load_tokenizer(str(folder), load.read_config(folder)[1].vocab_size)
+    prepared = pipeline.prepare(config, tokenizer, say)
+    audit.show(prepared, tokenizer, stderr)
+    return audit.as_json(prepared)
