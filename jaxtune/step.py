@@ -87,7 +87,7 @@ def train_step(
         (grads, term), _ = jax.lax.scan(accumulate, start, (micro, keys))
     grads = jax.tree.map(lambda g: g / jnp.maximum(term.weight, 1.0), grads)
 
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(term.total)
     lr = optim.learning_rate(program.schedule, state.opt_state)
     updates, opt_state = program.optimizer.update(grads, state.opt_state, state.trainable)
@@ -112,7 +112,17 @@ def eval_step(
     return program.objective(model, batch, None)
 
 
-def compiled(program: Program) -> tuple[Callable, Callable]:
-    """(train_step, eval_step) bound to `program` and jitted; the train state is donated."""
-    train = jax.jit(lambda *args: train_step(program, *args), donate_argnums=0)
-    return train, jax.jit(lambda *args: eval_step(program, *args))
+def jit_train(program: Program, state: TrainState) -> Callable:
+    """`train_step` of `program`, jitted: (state, frozen, batch) -> (state, StepMetrics).
+
+    The state is donated and comes back where it was; otherwise the second step compiles again.
+    """
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        lambda *args: train_step(program, *args), donate_argnums=0, out_shardings=(places, None)
+    )
+
+
+def jit_eval(program: Program) -> Callable:
+    """`eval_step` of `program`, jitted: (trainable, frozen, batch) -> LossTerm."""
+    return jax.jit(lambda *args: eval_step(program, *args))

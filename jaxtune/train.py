@@ -25,7 +25,7 @@ from jaxtune.errors import Cancelled, ConfigError, Interrupted, NumericsError, S
 from jaxtune.evaluate import evaluate
 from jaxtune.hf import files, tokenizer
 from jaxtune.signals import Stop
-from jaxtune.step import Program, StepMetrics, TrainState, compiled
+from jaxtune.step import Program, StepMetrics, TrainState, jit_eval, jit_train
 from jaxtune.workdir import check_fingerprint, lock
 
 MOST_SKIPPED = 5  # non-finite steps in a row that end a run
@@ -87,7 +87,7 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
             wandb=config.train.wandb,
             resume_step=first,
         )
-        train_step, eval_step = compiled(ready.program)
+        train_step, eval_step = jit_train(ready.program, state), jit_eval(ready.program)
         meter = metrics.Meter()
 
         def measure(step: int) -> None:

@@ -23,7 +23,7 @@ from jaxtune.hf import adapter as peft
 from jaxtune.hf import export as merged
 from jaxtune.hf import files, load
 from jaxtune.hf import tokenizer as tokenizers
-from jaxtune.step import Program, compiled
+from jaxtune.step import Program, jit_eval
 
 
 class Tuned(NamedTuple):
@@ -99,7 +99,7 @@ def evaluate(
     rows = prepared.eval if data is None else prepared.train
     if rows is None:
         raise ConfigError("the run has no evaluation rows", fix="--data=FILE")
-    _, eval_step = compiled(tuned.program)
+    eval_step = jit_eval(tuned.program)
 
     def scored(leaves: dict[str, jax.Array]) -> dict[str, Any]:
         batches = pipeline.eval_batches(

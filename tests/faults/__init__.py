@@ -1,0 +1,1 @@
+"""Real faults for tests: killed processes, damaged files, full disks."""
