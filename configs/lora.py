@@ -1,4 +1,4 @@
-"""LoRA on any model and data: give --config.model.path and --config.data.train."""
+"""LoRA on any model and any data: give --config.model.path and --config.data.train."""
 
 from jaxtune.config import default_config
 
@@ -6,8 +6,9 @@ from jaxtune.config import default_config
 def get_config():
     config = default_config()
     config.lora.r = 16
-    config.lora.alpha = 32.0
-    config.data.eval_fraction = 0.02
+    config.lora.alpha = 32.0  # the update is scaled by alpha / r
+    config.lora.target_modules = "all-linear"
+    config.data.eval_fraction = 0.02  # held out of the training rows, by seed
     config.train.epochs = 3.0
     config.train.batch_size = 16
     config.eval.every = 100

@@ -44,17 +44,16 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str | tuple[Any, ...] = (
-        ""  # path, hub id, or [{"path":, "weight":, "format":, "split":}]
-    )
+    # A path, a hub id, or [{"path":, "weight":, "format":, "split":, "columns":, "name":}, ...]
+    train: str | tuple[Any, ...] = ""
     eval: str | tuple[Any, ...] = ""  # the same; empty takes eval_fraction of train
     eval_fraction: float = 0.0  # seeded split of the training rows when `eval` is empty
     max_length: int = 1024  # tokens a row
     packing: bool = True  # several documents a row, kept apart by segment ids
     shuffle: bool = True
     completion_only: bool = True  # train on answers only; plain text is always trained in full
-    template: str = ""  # jinja file that replaces the tokenizer's chat template
-    too_long: Literal["drop", "cut", "split"] = "cut"  # rows over max_length; always counted
+    template: str = ""  # jinja file, or plain or chatml: replaces the tokenizer's chat template
+    too_long: Literal["drop", "cut", "split"] = "cut"  # rows over max_length; pretrain splits
     skip_bad_rows: int = 0  # unreadable rows to tolerate; 0 stops at the first
 
 

@@ -173,7 +173,8 @@ def export(
     common = (Path(out), assembly.folder, assembly.family, assembly.decoder, jax.device_get(leaves))
     if format == "hf":
         scale = lora.scale(config.lora) if config.lora.r else 0.0
-        written = merged.write_merged(*common, scale=scale)
+        template = (tuned.template or "") if config.data.template else ""
+        written = merged.write_merged(*common, scale=scale, chat_template=template)
     else:
         written = peft.write_adapter(*common, lora=config.lora, base_name=config.model.path)
     return {"format": format, "step": tuned.step, "out": str(out), **written._asdict()}
