@@ -18,12 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faults.saver import TrainState, abstract, save_until_killed, state_of
-from faults.storage import damage, file_size_limit, flip_bit, small_disk
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.checkpoint import MANIFEST, Checkpoints, best_step, latest_meta, restore, steps
 from jaxtune.errors import StorageError
+from tests.faults.saver import TrainState, abstract, save_until_killed, state_of
+from tests.faults.storage import damage, file_size_limit, flip_bit, small_disk
+
+# What Orbax leaves to the garbage collector when a read or a write fails midway.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning"),
+]
 
 
 def assert_same(got: Any, expected: Any) -> None:
@@ -324,9 +330,9 @@ def test_sigkill_at_any_time_leaves_no_half_written_step(tmp_path: Path):
 
 
 def test_sigkill_before_a_file_operation_leaves_no_half_written_step(tmp_path: Path):
-    """A save that also removes the step before it makes 86 of them outside TensorStore."""
+    """A save that also removes the step before it makes about 80 of them outside TensorStore."""
     save(Checkpoints(tmp_path, keep=1, best=False), 1)
-    for number in range(1, 87, 8):
+    for number in range(6, 80, 12):
         check_killed(tmp_path, killed_midway(tmp_path, random.Random(0), kill_at=number))
     check_tidied(tmp_path)
 

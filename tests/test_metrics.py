@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.storage import file_size_limit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxtune.errors import ConfigError, StorageError
 from jaxtune.metrics import Meter, Writer, read_metrics
+from tests.faults.storage import file_size_limit
 
 
 def writer(workdir: Path, resume_step: int = 0, **options: Any) -> Writer:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from faults.storage import kill_at_file_operation
 from jaxtune.checkpoint import Checkpoints, restore
+from tests.faults.storage import kill_at_file_operation
 
 # As the loop builds it: two labels, one of them frozen, hyperparameters as traced state.
 OPTIMIZER = optax.multi_transform(

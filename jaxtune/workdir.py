@@ -1,0 +1,90 @@
+"""One workdir, one run: a lock against a second process, a fingerprint against other settings."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxtune.errors import ConfigError, StorageError
+
+
+@contextlib.contextmanager
+def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    """Keeps a second run out of a workdir, which it makes if need be; on a pod, for process 0 only.
+
+    The kernel drops the lock with the process, so kill -9 leaves nothing to clear by hand. Buckets
+    have no locks: there it does nothing.
+
+    Raises:
+      ConfigError: another process holds it; names its host and pid.
+      StorageError: the lock file cannot be made or locked.
+    """
+    if "://" in os.fspath(workdir):
+        yield
+        return
+    path = Path(workdir) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise StorageError(
+            f"workdir {workdir} cannot be written: {error}", fix="a --workdir that can be written"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"workdir {workdir} is in use by {file.read().strip() or 'another run'}",
+                fix="another --workdir, or wait for that run to end",
+            ) from None
+        except OSError as error:
+            raise StorageError(
+                f"{path} cannot be locked: {error}", fix="a --workdir on a disk with file locks"
+            ) from error
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to go on with a run that was started with other settings, data, tokenizer or model.
+
+    Args:
+      saved: nested JSON values from a checkpoint's `meta`.
+      now: the same of this run.
+    Raises:
+      ConfigError: names every field that differs, with both values.
+    """
+    old, new = _dotted(json.loads(json.dumps(saved))), _dotted(json.loads(json.dumps(now)))
+    differ = [
+        f"{name} was {_show(old, name)}, is now {_show(new, name)}"
+        for name in sorted(old.keys() | new.keys())
+        if _show(old, name) != _show(new, name)
+    ]
+    if differ:
+        raise ConfigError(
+            f"the checkpoints here are of another run: {'; '.join(differ)}",
+            fix="another --workdir, or the old values again",
+        )
+
+
+def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _dotted(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _show(values: dict[str, Any], name: str) -> str:
+    return json.dumps(values[name], sort_keys=True) if name in values else "absent"
