@@ -1,10 +1,10 @@
 """jaxtune: fine-tune language models with JAX, on a TPU pod or a laptop.
 
-    model = jaxtune.load_model(path)                  # a Hugging Face folder or hub id
-    result = jaxtune.fit(config, workdir)             # what `jaxtune train` runs
-    scores = jaxtune.evaluate(workdir)                # base and tuned model on held-out data
-    texts = jaxtune.generate(workdir, prompts)        # text from prompts
-    jaxtune.export(workdir, out, format="hf")         # or "peft"; verified by reading it back
+model = jaxtune.load_model(path)                  # a Hugging Face folder or hub id
+result = jaxtune.fit(config, workdir)             # what `jaxtune train` runs
+scores = jaxtune.evaluate(workdir)                # base and tuned model on held-out data
+texts = jaxtune.generate(workdir, prompts)        # text from prompts
+jaxtune.export(workdir, out, format="hf")         # or "peft"; verified by reading it back
 """
 
 import importlib

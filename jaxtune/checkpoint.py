@@ -249,7 +249,8 @@ def _flatten(state: Any) -> dict[str, Any]:
 
 
 def _describe(arrays: dict[str, jax.Array]) -> dict[str, dict[str, Any]]:
-    sums = jax.device_get({name: digest(array) for name, array in arrays.items()})
+    # One at a time: programs in flight together on virtual CPU devices can deadlock.
+    sums = {name: jax.device_get(digest(array)) for name, array in arrays.items()}
     return {
         name: {
             "dtype": array.dtype.name,

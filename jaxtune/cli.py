@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code of DESIGN's contract (0, 2, 65, 70, 74, 75, 76, 130)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    # On a CPU host and device share the cores: overlapping them only adds threads, and programs in
+    # flight on several virtual devices can wait for each other for ever.
+    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
     try:
         args, overrides = _parse(arguments)
         result = args.run(args, overrides)

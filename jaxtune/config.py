@@ -121,8 +121,8 @@ class Config:
         return dataclasses.asdict(self)
 
 
-def default_config() -> "ConfigDict":
-    """The defaults as a locked ConfigDict, for config files to start from."""
+def default_config() -> Any:
+    """The defaults as a locked ml_collections.ConfigDict, for config files to start from."""
     from ml_collections import ConfigDict
 
     # Types are checked in `freeze`, where unions are known; ConfigDict would refuse tuple for str.

@@ -1,4 +1,4 @@
-"""Low-rank adapters (arXiv 2106.09685): which projections get one, inserting them, merging them.
+"""Low-rank adapters (arXiv 2106.09685): which projections get one, and inserting them.
 
 Before `insert`                          after, with q_proj of layers 0 and 1 targeted
   layers.0-1.self_attn.q_proj.kernel       layers.0-1.self_attn.q_proj.kernel
@@ -12,8 +12,6 @@ import re
 import zlib
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune import tree
@@ -89,12 +87,6 @@ def insert(model: Decoder, chosen: frozenset[str], lora: LoraConfig, rngs: nnx.R
         else:
             assert not singles & chosen, f"{name} holds layers with and without adapters"
     return model
-
-
-def merged(kernel: jax.Array, a: jax.Array, b: jax.Array, factor: jax.Array) -> jax.Array:
-    """kernel + scale * A B in float32, [..., I, O]; the caller casts once."""
-    delta = jnp.einsum("...ir,...ro->...io", a, b, preferred_element_type=jnp.float32)
-    return kernel.astype(jnp.float32) + factor[..., None, None] * delta
 
 
 def _matching(names: tuple[str, ...], modules: Mapping[str, str]) -> list[str]:

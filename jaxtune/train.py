@@ -22,8 +22,8 @@ from jaxtune.console import bar, say
 from jaxtune.data import pipeline
 from jaxtune.data.packing import Batch, Rows, digest
 from jaxtune.errors import Cancelled, ConfigError, Interrupted, NumericsError, StorageError
-from jaxtune.evaluate import evaluate
 from jaxtune.hf import files, tokenizer
+from jaxtune.scoring import evaluate
 from jaxtune.signals import Stop
 from jaxtune.step import Program, StepMetrics, TrainState, jit_eval, jit_train
 from jaxtune.workdir import check_fingerprint, lock
@@ -112,7 +112,8 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
                 ready.saver.save(step, state, meta=meta, loss=losses[0] if losses else None)
 
         with jax.set_mesh(ready.mesh), bar("training", steps, first) as show, closing(writer):
-            measure(first)
+            if first == 0:
+                measure(first)
             batches = _batches(config, ready, first)
             pending: tuple[int, StepMetrics] | None = None
             step = first

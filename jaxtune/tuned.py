@@ -10,19 +10,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.table import Table
 
-from jaxtune import assemble, checkpoint, lora, setup, sharding, tree
-from jaxtune import generate as generation
+from jaxtune import assemble, checkpoint, decoding, lora, setup, sharding, tree
 from jaxtune.assemble import Assembly
 from jaxtune.config import Config
 from jaxtune.console import say, stderr
 from jaxtune.data import audit, pipeline, templates
 from jaxtune.errors import ConfigError
-from jaxtune.evaluate import Score
-from jaxtune.evaluate import evaluate as score
 from jaxtune.hf import adapter as peft
 from jaxtune.hf import export as merged
 from jaxtune.hf import files, load
 from jaxtune.hf import tokenizer as tokenizers
+from jaxtune.scoring import Score
+from jaxtune.scoring import evaluate as score
 from jaxtune.step import Program, jit_eval
 
 
@@ -144,14 +143,24 @@ def generate(
     tuned = open_run(workdir, step)
     turns = [[{"role": "user", "content": text}] if chat else text for text in prompts]
     with jax.set_mesh(tuned.mesh):
-        return generation.complete(
+        return decoding.complete(
             tuned.model(base=base),
             tuned.tokenizer,
             turns,
             max_new_tokens=max_new_tokens,
+            stop_ids=tokenizers.stop_ids(
+                tuned.tokenizer, _generation_config(tuned.assembly.folder)
+            ),
             template=tuned.template,
-            sampling=generation.Sampling(temperature, top_p=top_p, seed=seed),
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
         )
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    file = folder / "generation_config.json"
+    return files.read_json(file) if file.is_file() else {}
 
 
 def export(

@@ -27,6 +27,7 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
         yield
         return
     path = Path(workdir) / ".lock"
+    new = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
@@ -50,7 +51,13 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        except BaseException:
+            if new and [entry.name for entry in path.parent.iterdir()] == [path.name]:
+                path.unlink()  # a run that failed before it wrote anything leaves no folder
+                path.parent.rmdir()
+            raise
 
 
 def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:

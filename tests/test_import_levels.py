@@ -12,8 +12,8 @@ LEVELS = {
     "models": 2, "data": 2,
     "lora": 3, "optim": 3, "objectives": 3, "hf": 3,
     "step": 4, "assemble": 4,
-    "checkpoint": 5, "metrics": 5, "generate": 5, "workdir": 5, "setup": 5,
-    "evaluate": 6,
+    "checkpoint": 5, "metrics": 5, "decoding": 5, "workdir": 5, "setup": 5,
+    "scoring": 6,
     "train": 7, "tuned": 7,
     "demo": 8, "cli": 8, "__init__": 9,
 }  # fmt: skip

@@ -104,18 +104,6 @@ def test_scale():
     assert lora.scale(LoraConfig(r=16, alpha=32.0, use_rslora=True)) == 8.0
 
 
-def test_merged_kernel_gives_the_adapter_its_effect():
-    tokens = np.arange(12).reshape(2, 6)
-    graphdef, params = tree.split(adapted(LoraConfig(r=2, alpha=3.0)))
-    module = "layers.1-2.self_attn.q_proj"
-    params[f"{module}.lora.B"] = jax.random.normal(jax.random.key(0), (2, 2, 12))
-    with_adapter = tree.merge(graphdef, params)(tokens)
-    parts = [params[f"{module}.{leaf}"] for leaf in ("kernel", "lora.A", "lora.B", "lora.scale")]
-    params[f"{module}.kernel"] = lora.merged(*parts)
-    params[f"{module}.lora.B"] = jnp.zeros((2, 2, 12))
-    np.testing.assert_allclose(tree.merge(graphdef, params)(tokens), with_adapter, atol=1e-5)
-
-
 def test_dropout_acts_on_the_adapter_alone_and_keeps_its_mean():
     graphdef, params = tree.split(adapted(LoraConfig(r=2)))
     tokens = np.arange(12).reshape(2, 6)

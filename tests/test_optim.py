@@ -1,5 +1,7 @@
 """Labels on literal trees, schedules at literal points, and optimizers against optax's own."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,7 +115,7 @@ PARAMS = {name: jnp.linspace(-1, 1, 24).reshape(2, 3, 4) for name in GROUPS}
 GRADS = {name: jnp.cos(5 * leaf) * (i + 1) for i, (name, leaf) in enumerate(PARAMS.items())}
 
 
-def run(settings: config.Config, steps: int = 3):
+def run(settings: config.Config, steps: int = 3) -> Any:
     """Parameters after some updates with the same gradients."""
     tx = optim.make(settings, GROUPS, 10)
     state, params = tx.init(PARAMS), PARAMS
@@ -123,7 +125,7 @@ def run(settings: config.Config, steps: int = 3):
     return params
 
 
-def reference(tx: optax.GradientTransformation, steps: int = 3):
+def reference(tx: optax.GradientTransformation, steps: int = 3) -> Any:
     state, params = tx.init(PARAMS), PARAMS
     for _ in range(steps):
         updates, state = tx.update(GRADS, state, params)
@@ -140,9 +142,7 @@ CONSTANT = {"optim__schedule": "constant", "optim__warmup": 0, "optim__lr": 0.1}
         ({}, optax.adamw(0.1, 0.9, 0.999, 1e-8, weight_decay=0.0)),
         (
             {"optim__weight_decay": 0.1, "optim__b2": 0.95},
-            optax.adamw(
-                0.1, 0.9, 0.95, 1e-8, weight_decay=0.1, mask={k: k != "n" for k in GROUPS}
-            ),
+            optax.adamw(0.1, 0.9, 0.95, 1e-8, weight_decay=0.1, mask={k: k != "n" for k in GROUPS}),
         ),
         ({"optim__name": "lion"}, optax.lion(0.1, 0.9, 0.999, weight_decay=0.0)),
         (
@@ -171,8 +171,8 @@ def test_muon_makes_each_layer_of_a_kernel_orthogonal():
     params = {"w": jnp.zeros((2, 4, 4))}
     grads = {"w": jax.random.normal(jax.random.key(0), (2, 4, 4))}
     tx = optim.make(make(**CONSTANT, optim__name="muon"), {"w": "kernel"}, 10)
-    update = tx.update(grads, tx.init(params), params)[0]["w"]
-    singular = np.linalg.svd(np.asarray(update), compute_uv=False)
+    updates: Any = tx.update(grads, tx.init(params), params)[0]
+    singular = np.linalg.svd(np.asarray(updates["w"]), compute_uv=False)
     assert singular.shape == (2, 4)
     assert (singular > 0.05).all()
     assert (singular < 0.13).all()
@@ -181,8 +181,8 @@ def test_muon_makes_each_layer_of_a_kernel_orthogonal():
 def test_no_value_recompiles():
     settings = make()
     tx = optim.make(settings, GROUPS, 10)
-    update = jax.jit(tx.update)
-    state = tx.init(PARAMS)
+    update: Any = jax.jit(tx.update)
+    state: Any = tx.init(PARAMS)
     rates = []
     for lr, clip, warmup in ((0.1, 1.0, 0.0), (0.2, float("inf"), 3.0)):
         state.hyperparams.update(lr=jnp.float32(lr), clip_norm=jnp.float32(clip))

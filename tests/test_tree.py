@@ -56,7 +56,11 @@ def test_first_matching_rule_wins():
     ("rules", "defaults", "said"),
     [
         ((("kernel", "train"),), (), "no rule covers embed_tokens.embedding"),
-        ((("typo", "train"),), ((".", "frozen"),), "'typo' -> 'train' decides nothing: it matches no"),
+        (
+            (("typo", "train"),),
+            ((".", "frozen"),),
+            "'typo' -> 'train' decides nothing: it",
+        ),
         (((".", "a"), ("kernel", "b")), (), "earlier rules take all it matches"),
         ((("(", "a"),), (), "not a regular expression"),
     ],

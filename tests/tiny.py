@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from jaxtune import tree
 from jaxtune.models.decoder import Decoder
 from jaxtune.models.families import family
+from tests.byte_tokenizer import byte_tokenizer
 
 SIZES: dict[str, Any] = {
     "model_type": "llama",
@@ -49,3 +50,17 @@ def write(folder: Path, seed: int = 0, **changes: Any) -> Path:
     (folder / "config.json").write_text(json.dumps(hf))
     save_file(tensors(hf, seed), folder / "model.safetensors")
     return folder
+
+
+def write_complete(folder: Path, **changes: Any) -> Path:
+    """A Hugging Face folder with a byte tokenizer too, enough to train and generate."""
+    write(folder, vocab_size=264, bos_token_id=256, eos_token_id=257, **changes)
+    byte_tokenizer(bos=True).save_pretrained(folder)
+    return folder
+
+
+def write_rows(file: Path, count: int = 40) -> Path:
+    """Prompt/completion rows that a tiny model can learn: count on."""
+    rows = [{"prompt": f"{i} then", "completion": f" {i + 1}"} for i in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file

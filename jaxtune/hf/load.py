@@ -104,7 +104,7 @@ def _check(
     shapes: Mapping[str, Any],
     rows: Family,
 ) -> None:
-    wanted: dict[str, tuple[int, ...]] = {}
+    wanted: dict[str, Any] = {}  # shape of each tensor
     for path, names in sources.items():
         shape = shapes[path].shape[1:] if tree.layer_range(path) is not None else shapes[path].shape
         wanted |= dict.fromkeys(names, shape[::-1] if path.endswith(".kernel") else shape)

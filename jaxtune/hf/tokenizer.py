@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtune.data.templates import TURN_ENDS
 from jaxtune.errors import ModelError
 
 # What belongs to a tokenizer and is copied verbatim on export. tokenizer* also covers the
@@ -91,10 +92,11 @@ def tokenizer_digest(path: str) -> str:
 
 
 def stop_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
-    """Ids that end a generated text: generation_config's eos (one or several), the tokenizer's."""
+    """Ids that end a generated text: eos of generation_config and tokenizer, ends of turns."""
     given = (generation_config or {}).get("eos_token_id")
     listed = given if isinstance(given, (list, tuple)) else [given]
-    ids = [*listed, tokenizer.eos_token_id]
+    turns = [i for i, token in tokenizer.added_tokens_decoder.items() if str(token) in TURN_ENDS]
+    ids = [*listed, tokenizer.eos_token_id, *turns]
     return tuple(sorted({id_ for id_ in ids if type(id_) is int}))
 
 

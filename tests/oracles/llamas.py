@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+torch.set_num_threads(1)  # threads that wait for each other are slow where cores are shared
+
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -49,7 +51,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def write(folder: Path, *, seed: int = 0, dtype=torch.float32, shard="1GB", **changes: Any) -> Path:
     """Saves a Llama whose weights are all random, also norms and biases, and its logits order 1."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES | changes))
+    model: Any = LlamaForCausalLM(LlamaConfig(**SIZES | changes))
     with torch.no_grad():
         for name, values in model.named_parameters():
             noise = torch.randn_like(values)
