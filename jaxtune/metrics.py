@@ -41,11 +41,7 @@ class Writer:
           ConfigError: W&B is asked for and not installed.
           StorageError: metrics.jsonl cannot be written, or is damaged other than at its end.
         """
-        if wandb and importlib.util.find_spec("wandb") is None:
-            raise ConfigError(
-                f"train.wandb is {wandb!r} and wandb is not installed",
-                fix="pip install 'jaxtune[wandb]', or train.wandb empty",
-            )
+        require_wandb(wandb)
         path = workdir / FILE
         try:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -86,6 +82,15 @@ class Writer:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def require_wandb(project: str) -> None:
+    """Raises ConfigError when a W&B project is asked for and wandb is not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"train.wandb is {project!r} and wandb is not installed",
+            fix="pip install 'jaxtune[wandb]', or train.wandb empty",
+        )
 
 
 class Meter:

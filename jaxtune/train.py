@@ -150,6 +150,7 @@ def prepare(config: Config, workdir: Path) -> Ready:
         raise ConfigError("model.path is empty", fix="--config.model.path=FOLDER_OR_HUB_ID")
     if not config.data.train:
         raise ConfigError("data.train is empty", fix="--config.data.train=FILE")
+    metrics.require_wandb(config.train.wandb)
     folder = files.resolve(config.model.path)
     mesh = sharding.make_mesh(config.mesh)
     _check_batch(config, mesh)
@@ -161,12 +162,13 @@ def prepare(config: Config, workdir: Path) -> Ready:
     fingerprint = _fingerprint(config, folder, prepared.train, prepared.eval, steps)
 
     where = workdir / "checkpoints"
-    saver = Checkpoints(where, keep=config.checkpoint.keep, best=config.checkpoint.best)
     if (meta := checkpoint.latest_meta(where)) is not None:
         check_fingerprint(meta["fingerprint"], fingerprint)
     program = setup.program(config, assembly, steps)
     state, frozen = setup.initial(config, assembly, program, mesh)
     progress = Progress()
+    # From here on the workdir is written to: all that can be wrong with the input is behind us.
+    saver = Checkpoints(where, keep=config.checkpoint.keep, best=config.checkpoint.best)
     restored = checkpoint.restore(where, setup.abstract(state))
     if restored is not None:
         for line in restored.skipped:

@@ -26,8 +26,8 @@ def inputs(tmp_path_factory) -> Path:
 def flags(inputs: Path, workdir: Path, **changes: object) -> list[str]:
     """`jaxtune train` on the tiny base; changes are config keys with __ for the dot."""
     values = {
-        "model.path": inputs / "base", "model.dtype": "float32", "data.train": inputs / "rows.jsonl",
-        "data.max_length": 64, "data.eval_fraction": 0.2, "train.steps": 2, "train.batch_size": 8,
+        "model.path": inputs / "base", "model.dtype": "float32",
+        "data.train": inputs / "rows.jsonl", "data.max_length": 64, "data.eval_fraction": 0.2, "train.steps": 2, "train.batch_size": 8,
     } | {key.replace("__", "."): value for key, value in changes.items()}  # fmt: skip
     return [
         "train", f"--config={LORA}", f"--workdir={workdir}",
@@ -150,7 +150,7 @@ def test_a_bad_model(tmp_path, inputs, capfd, damage, words):
         ("", "rows.jsonl", ["rows.jsonl"]),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', "rows.jsonl", ["rows.jsonl:2"]),
         ('{"question": "a", "reply": "b"}\n', "rows.jsonl", ["question", "reply"]),
-        ('{"prompt": "a", "completion": ""}\n' * 3, "rows.jsonl", ["rows.jsonl"]),
+        ('{"input_ids": [1, 2], "labels": [-100, -100]}\n' * 9, "rows.jsonl", ["rows.jsonl", "9"]),
         ("Yoruba\tEnglish\nb\ta\n", "rows.tsv", ["Yoruba", "English", "columns"]),
     ],
 )
