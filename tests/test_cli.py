@@ -26,9 +26,14 @@ def inputs(tmp_path_factory) -> Path:
 def flags(inputs: Path, workdir: Path, **changes: object) -> list[str]:
     """`jaxtune train` on the tiny base; changes are config keys with __ for the dot."""
     values = {
-        "model.path": inputs / "base", "model.dtype": "float32",
-        "data.train": inputs / "rows.jsonl", "data.max_length": 64, "data.eval_fraction": 0.2, "train.steps": 2, "train.batch_size": 8,
-    } | {key.replace("__", "."): value for key, value in changes.items()}  # fmt: skip
+        "model.path": inputs / "base",
+        "model.dtype": "float32",
+        "data.train": inputs / "rows.jsonl",
+        "data.max_length": 64,
+        "data.eval_fraction": 0.2,
+        "train.steps": 2,
+        "train.batch_size": 8,
+    } | {key.replace("__", "."): value for key, value in changes.items()}
     return [
         "train", f"--config={LORA}", f"--workdir={workdir}",
         *(f"--config.{key}={value}" for key, value in values.items()),

@@ -14,12 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import assemble, optim, sharding, tree
+from jaxtune import assemble, setup, sharding
 from jaxtune.config import Config, freeze
 from jaxtune.data import packing, pipeline
-from jaxtune.hf.adapter import read_adapter
-from jaxtune.objectives.sft import next_token
-from jaxtune.step import Program, compiled, init_state
+from jaxtune.step import jit_eval, jit_train
 
 
 def main() -> None:
@@ -34,23 +32,11 @@ def main() -> None:
     mesh = sharding.make_mesh(config.mesh)
     jax.set_mesh(mesh)
     assembly = assemble.assemble(config, Path(args.base), mesh)
-    adapters = read_adapter(Path(args.adapter), assembly.family, config.lora, assembly.trained)
-    trainable, frozen = tree.partition(
-        assemble.base(assembly) | assemble.fresh(config, assembly) | jax.device_put(adapters),
-        assembly.groups,
-    )
-    program = Program(
-        graphdef=assembly.graphdef,
-        optimizer=optim.make(config, {path: assembly.groups[path] for path in trainable}, 1),
-        schedule=config.optim.schedule,
-        objective=next_token,
-        micro_batches=1,
-        seed=0,
-        dropout=False,
-    )
-    state = init_state(program, trainable)
-    train_step, eval_step = compiled(program)
-    batches = list(pipeline.eval_batches(_rows(args.documents, args.length), args.rows))
+    program = setup.program(config, assembly, steps=1)
+    state, frozen = setup.initial(config, assembly, program, mesh)
+    train_step, eval_step = jit_train(program, state), jit_eval(program)
+    rows = pipeline.eval_batches(_rows(args.documents, args.length), args.rows)
+    batches = list(setup.to_mesh(rows, mesh))
 
     def first() -> dict[str, Any]:
         nonlocal state
@@ -86,7 +72,7 @@ def _config(adapter: str) -> Config:
     settings = json.loads((Path(adapter) / "adapter_config.json").read_text())
     values = Config().to_dict()
     values["model"] |= {"dtype": "float32", "param_dtype": "float32", "remat": "none"}
-    values["lora"] |= {"r": settings["r"], "alpha": float(settings["lora_alpha"])}
+    values["lora"] |= {"r": settings["r"], "alpha": float(settings["lora_alpha"]), "init": adapter}
     values["optim"] |= {"lr": 1e-4, "schedule": "constant", "warmup": 0}
     return freeze(values)
 
