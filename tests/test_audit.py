@@ -67,3 +67,15 @@ def test_json_has_the_same_numbers(shown):
     assert (result["duplicates"], result["leaked_rows"]) == (1, 1)
     assert result["eval"]["rows"] == 1
     assert result["said"] == list(prepared.report.said)
+
+
+@pytest.mark.parametrize("colours", [None, "truecolor"])
+def test_without_colour_learnt_runs_stand_in_marks(tmp_path, colours):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "Q: ", "completion": "yes"}\n' * 3)
+    config = Config(data=DataConfig(train=str(file), max_length=32))
+    tokenizer = byte_tokenizer()
+    out = io.StringIO()
+    console = Console(file=out, width=80, color_system=colours, force_terminal=True)
+    audit.show(prepare(config, tokenizer, lambda _: None), tokenizer, console)
+    assert ("Q: \u00abyes</s>\u00bb" in out.getvalue()) == (colours is None)

@@ -23,7 +23,7 @@ NAMED = 5
 
 
 def show(prepared: Prepared, tokenizer: Any, console: "Console") -> None:
-    """Prints the audit: learnt tokens green, context dim, each document under its own heading."""
+    """Prints the audit: learnt tokens green, context dim, a heading a document."""
     from rich.text import Text
 
     report = prepared.report
@@ -44,7 +44,7 @@ def show(prepared: Prepared, tokenizer: Any, console: "Console") -> None:
         for row in picks:
             console.print()
             console.print(Text(f"{name} row {row} of {len(rows)}", style="bold"))
-            for line in _row_text(rows, row, tokenizer):
+            for line in _row_text(rows, row, tokenizer, marked=not console.color_system):
                 console.print(line)
 
 
@@ -148,8 +148,11 @@ def _histogram_text(rows: Rows) -> "Text":
     return text
 
 
-def _row_text(rows: Rows, row: int, tokenizer: Any) -> Iterator["Text"]:
-    """The documents of a row, each under a heading, learnt runs green and context dim."""
+def _row_text(rows: Rows, row: int, tokenizer: Any, *, marked: bool) -> Iterator["Text"]:
+    """The documents of a row, each under a heading, learnt runs green and context dim.
+
+    `marked` also puts guillemets around learnt runs, for where there is no colour.
+    """
     from rich.text import Text
 
     room = SHOWN_TOKENS
@@ -167,7 +170,9 @@ def _row_text(rows: Rows, row: int, tokenizer: Any) -> Iterator["Text"]:
             end += len(list(run))
             # Tokens alone may be parts of a character, so runs are cut out of the whole text.
             text = tokenizer.decode(tokens[:end].tolist())
-            line.append(_printable(text[len(shown) :]), style="green" if learnt else "dim")
+            run_text = _printable(text[len(shown) :])
+            run_text = f"\u00ab{run_text}\u00bb" if learnt and marked else run_text
+            line.append(run_text, style="green" if learnt else "dim")
             shown = text
         if len(tokens) > room:
             line.append(" ...", style="magenta")
