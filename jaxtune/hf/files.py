@@ -45,14 +45,22 @@ class Tensor:
     shape: tuple[int, ...]
     start: int  # byte in the file
 
-    def read(self) -> np.ndarray:
-        """The whole tensor, in its stored dtype."""
-        count = math.prod(self.shape)
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def read(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Rows `first` to `last` of axis 0, by default all, in the stored dtype."""
+        shape = self.shape
+        if shape:
+            shape = (len(range(*slice(first, last).indices(shape[0]))), *shape[1:])
+        count = math.prod(shape)
         with self.file.open("rb") as file:
-            values = np.fromfile(file, self.dtype, count, offset=self.start)
+            at = self.start + first * self.row_bytes
+            values = np.fromfile(file, self.dtype, count, offset=at)
         if values.size != count:
             raise ModelError(f"{self.file} ends early", fix="fetch it again")
-        return values.reshape(self.shape)
+        return values.reshape(shape)
 
 
 def resolve(path: str) -> Path:

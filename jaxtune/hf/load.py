@@ -17,6 +17,7 @@ from jaxtune.models.decoder import Decoder, DecoderConfig
 from jaxtune.models.families import Family, family
 
 _MOST = 8  # names shown per side of an error
+_READ_BYTES = 16 << 20  # held beside the parameter that is being filled
 
 
 def load_model(path: str, dtype: str = "float32") -> Decoder:
@@ -69,14 +70,28 @@ def _place(stored: list[files.Tensor], path: str, shape: jax.ShapeDtypeStruct) -
         sizes = [len(range(*i.indices(n))) for i, n in zip(index, shape.shape, strict=True)]
         out = np.empty(sizes, shape.dtype)
         for slot, tensor in enumerate(layers):
-            values = tensor.read()
-            values = values.T if transposed else values
-            np.copyto(out[slot] if stacked else out, values[inner], casting="unsafe")
+            _copy(tensor, out[slot] if stacked else out, inner, transposed)
         return out
 
     if shape.sharding is None:
         return jnp.asarray(fill((slice(None),) * len(shape.shape)))
     return jax.make_array_from_callback(shape.shape, shape.sharding, fill)
+
+
+def _copy(
+    tensor: files.Tensor, out: np.ndarray, inner: tuple[slice, ...], transposed: bool
+) -> None:
+    """Fills `out` with the slice `inner` of a tensor, cast, reading a few of its rows at a time."""
+    rows, rest = (inner[-1], inner[:-1]) if transposed else (inner[0], inner[1:])
+    first, last, _ = rows.indices(tensor.shape[0])
+    step = max(1, _READ_BYTES // tensor.row_bytes)
+    for start in range(first, last, step):
+        values = tensor.read(start, min(start + step, last))
+        at = slice(start - first, start - first + len(values))
+        if transposed:
+            np.copyto(out[:, at], values.T[rest], casting="unsafe")
+        else:
+            np.copyto(out[at], values[(slice(None), *rest)], casting="unsafe")
 
 
 def _untie(
