@@ -111,7 +111,13 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
                 }
                 ready.saver.save(step, state, meta=meta, loss=losses[0] if losses else None)
 
-        with jax.set_mesh(ready.mesh), bar("training", steps, first) as show, closing(writer):
+        with (
+            jax.set_mesh(ready.mesh),
+            bar(
+                "pretraining" if config.task == "pretrain" else "fine-tuning", steps, first
+            ) as show,
+            closing(writer),
+        ):
             if first == 0:
                 measure(first)
             batches = _batches(config, ready, first)

@@ -1,7 +1,11 @@
 """The demo's language is correct, its test part is held out, and its base is an ordinary model."""
 
 import json
+import os
+import random
 import re
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -10,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxtune.demo import __main__ as quickstart
 from jaxtune.demo import lexicon, prepare
-from jaxtune.demo.games import documents
+from jaxtune.demo.games import GAMES, documents
 from jaxtune.demo.grammar import (
     Phrase,
     Place,
@@ -251,11 +256,24 @@ def test_agreement(seed):
 
 def test_the_base_reads_only_english_of_the_train_part():
     texts = list(islice(documents(0), 2_000))
-    test = {english(s) for s in islice(sentences("test", 0), 20_000)}
+    test = {english(s) for s in islice(sentences("test", 0), 5_000)}
     assert not any(letter in text for text in texts for letter in "ĉĝĥĵŝŭ")
     assert not {part for text in texts for part in re.findall(r"[A-Z][^.?:]*[.?]", text)} & test
-    assert {text.split(":")[0] for text in texts} >= {"Again", "Backwards", "In Pig Latin"}
-    assert any("ayoungyay irdbay" in f"a{text}" or "irdbay" in text for text in texts)
+
+
+def test_games_with_a_sentence():
+    birds = Sentence(BIRDS, "present", "statement", verb("sing"))
+    rng = random.Random(0)
+    played = [game(birds, rng) for game in GAMES for _ in range(9)]
+    assert set(played) == {
+        ("Again", "The red birds sing."),
+        ("In the past", "The red birds sang."),
+        ("In the future", "The red birds will sing."),
+        ("As a negation", "The red birds do not sing."),
+        ("As a question", "Do the red birds sing?"),
+        ("Backwards", "eht der sdrib gnis."),
+        ("In Pig Latin", "ethay edray irdsbay ingsay."),
+    }
 
 
 def test_data_files(tmp_path: Path):
@@ -265,6 +283,8 @@ def test_data_files(tmp_path: Path):
         for part in ("train", "test")
     )
     assert (len(train), len(test)) == (50, 20)
+    prompts = (tmp_path / "test.txt").read_text("utf-8").splitlines()
+    assert prompts == [row["prompt"] for row in test]
     assert all(set(row) == {"prompt", "completion"} for row in train + test)
     first = next(sentences("train", 3))
     assert train[0] == {
@@ -312,8 +332,8 @@ def test_base_is_an_ordinary_hugging_face_model(tmp_path: Path):
 
     prepare.build_base(tmp_path / "base", steps=2)
     tokens = np.array([[1, 300, 400, 500]], np.int32)
-    logits_BTV = jaxtune.load_model(tmp_path / "base")(tokens)
-    random_BTV = jaxtune.load_model(tmp_path / "pretraining" / "random")(tokens)
+    logits_BTV = jaxtune.load_model(str(tmp_path / "base"))(tokens)
+    random_BTV = jaxtune.load_model(str(tmp_path / "pretraining" / "random"))(tokens)
     assert logits_BTV.shape == (1, 4, 1024)
     assert np.abs(logits_BTV - random_BTV).max() > 1e-3
     assert sorted(path.name for path in (tmp_path / "base").iterdir()) == [
@@ -324,3 +344,51 @@ def test_base_is_an_ordinary_hugging_face_model(tmp_path: Path):
         "tokenizer.model",
         "tokenizer_config.json",
     ]
+
+
+def test_report_scores_before_and_after(capsys: pytest.CaptureFixture[str]):
+    rows = [
+        {"prompt": "In Esperanto: I sing.", "completion": " Mi kantas."},
+        {"prompt": "In Esperanto: He sang.", "completion": " Li kantis."},
+    ]
+    texts = {
+        "base": ["I sing.", "He sang."],
+        "tuned": ["Mi kantas.", "Li kantos."],
+        "exported": ["Mi kantas.", "Li kantas."],
+    }
+    quickstart._report({"loss_before": 10.0, "loss_after": 0.25}, rows, texts)
+    lines = [
+        " ".join(re.findall(r"[\w.()%]+", line)) for line in capsys.readouterr().err.split("\n")
+    ]
+    assert "loss (nats a token) 10.000 0.250" in lines
+    assert "exact match (%) 0.0 50.0" in lines
+    assert "He sang. Li kantis. He sang. Li kantos." in lines
+    assert "the exported model translates 1 of 2 the same way" in lines
+
+
+def test_quickstart_elsewhere_says_where_to_run_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert quickstart.main() == 2
+    assert "cd to jaxtune's repository" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_quickstart_learns_to_translate(tmp_path: Path):
+    """The whole of it, as a person runs it: most held-out sentences come out right."""
+    (tmp_path / "configs").symlink_to(Path(__file__).parents[1] / "configs")
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxtune.demo"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.search(r"exact match \(%\)\W+0\.0\W+([\d.]+)", done.stderr)
+    assert found
+    assert float(found[1]) > 80
+    assert "translates 200 of 200 the same way" in done.stderr

@@ -15,7 +15,8 @@ LEVELS = {
     "checkpoint": 5, "metrics": 5, "decoding": 5, "workdir": 5, "setup": 5,
     "scoring": 6,
     "train": 7, "tuned": 7,
-    "demo": 8, "cli": 8, "__init__": 9,
+    "cli": 8,
+    "demo": 9, "__init__": 9,
 }  # fmt: skip
 # Level 0 modules build on each other in this order.
 GROUND = ["errors", "config", "console", "tree", "sharding", "digest"]

@@ -1,10 +1,10 @@
 """The two ends of a language model, walked over the vocabulary instead of materialised.
 
-The head's logits exist for `_CHUNK` tokens at a time, only tokens that bear loss are visited, and the
-gradient with respect to the activations is formed in the forward pass, where the probabilities still
-exist (the scheme of Liger Kernel's fused linear cross entropy). A frozen head gets no gradient at all.
-With the vocabulary cut over the `fsdp` mesh axis, every device scores its own rows for the tokens of
-all, and activations travel instead of weights.
+The head's logits exist for `_CHUNK` tokens at a time, only tokens that bear loss are visited, and
+the gradient with respect to the activations is formed in the forward pass, where the probabilities
+still exist (the scheme of Liger Kernel's fused linear cross entropy). A frozen head gets no
+gradient at all. With the vocabulary cut over the `fsdp` mesh axis, every device scores its own rows
+for the tokens of all, and activations travel instead of weights.
 
 Letters: N tokens (B * T), C tokens in a chunk, V vocabulary (rows on this device), D model width.
 """
@@ -112,7 +112,7 @@ def _sharded_walk(x_BTD, head_VD, targets_BT, weights_BT, grad_x: bool, grad_hea
     return jax.shard_map(
         local,
         in_specs=(P(BATCH, None, None), table, rows, rows),
-        out_specs=(TokenLoss(P(), P()), gradients),
+        out_specs=(P(), gradients),
         check_vma=False,
     )(x_BTD, head_VD, targets_BT, weights_BT)
 
@@ -166,13 +166,18 @@ def _walk(
             total.correct + jnp.sum(weights_C * (target_C >= top_C)),
         )
         if grad_x or grad_head:  # d loss / d logits = weight * (softmax - one_hot)
-            probs_CV = (exp_CV * (weights_C / sum_C)[:, None]).astype(x_CD.dtype)
+            exp_CV = exp_CV.astype(x_CD.dtype)
+            share_C = (weights_C / sum_C)[:, None]  # narrow tensors are scaled, not [C, V]
             hit_C = (weights_C * mine_C).astype(x_CD.dtype)[:, None]
         if grad_x:
-            dx_CD = jnp.einsum("CV,VD->CD", probs_CV, head_VD) - hit_C * head_VD[row_C]
+            mean_CD = jnp.einsum("CV,VD->CD", exp_CV, head_VD, preferred_element_type=jnp.float32)
+            dx_CD = (share_C * mean_CD).astype(x_CD.dtype) - hit_C * head_VD[row_C]
             dx_ND = dx_ND.at[at_C].set(dx_CD, mode="drop")
         if grad_head:
-            dhead_VD += jnp.einsum("CV,CD->VD", probs_CV, x_CD, preferred_element_type=jnp.float32)
+            dhead_VD += jnp.einsum(
+                "CV,CD->VD", exp_CV, (share_C * x_CD).astype(x_CD.dtype),
+                preferred_element_type=jnp.float32,
+            )  # fmt: skip
             dhead_VD = dhead_VD.at[row_C].add(-(hit_C * x_CD).astype(jnp.float32))
         return total, dx_ND, dhead_VD
 

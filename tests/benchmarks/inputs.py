@@ -1,6 +1,6 @@
 """What both sides of a benchmark read: a random checkpoint, an adapter on it, tokenised documents.
 
-A file of documents holds `tokens` and `mask` (of the tokens that bear loss), end to end, and `ends`.
+A file of documents holds `tokens` and `mask` (of tokens that bear loss), end to end, and `ends`.
 """
 
 import json
@@ -17,6 +17,7 @@ from jaxtune.hf.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 SEED = 0
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 # The model of the step benchmarks (15M parameters in the layers and norms, 2 x 9M in the tables).
 SMALL: dict[str, Any] = {
@@ -111,14 +112,19 @@ def write_even_documents(file: Path, count: int, length: int) -> None:
     _save(file, [(tokens, np.ones(length, bool)) for tokens in documents])
 
 
-def write_alpaca(file: Path, count: int) -> None:
-    """A random sample of alpaca_2k rows, by jaxtune's own reader and the Llama-2 tokenizer."""
+def write_alpaca(file: Path, count: int) -> int:
+    """A random sample of alpaca_2k rows, by jaxtune's own reader and the Llama-2 tokenizer.
+
+    Returns its number of tokens.
+    """
     data = DataConfig(train=str(SHARED / "instruct" / "alpaca_2k.json"), max_length=2048)
     config = freeze(Config(data=data).to_dict())
     tokenizer = load_tokenizer(str(SHARED / "tokenizers" / "llama2"))
     rows = pipeline.prepare(config, tokenizer, lambda message: None).train
     chosen = np.random.default_rng(SEED).choice(rows.examples, count, replace=False)
-    _save(file, [rows.example(index) for index in chosen])
+    documents = [rows.example(index) for index in chosen]
+    _save(file, documents)
+    return sum(len(tokens) for tokens, _ in documents)
 
 
 def _norms(hf: dict[str, Any]) -> list[str]:
@@ -131,6 +137,3 @@ def _save(file: Path, documents: list[tuple[np.ndarray, np.ndarray]]) -> None:
     tokens, masks = zip(*documents, strict=True)
     ends = np.cumsum([len(part) for part in tokens])
     np.savez(file, tokens=np.concatenate(tokens), mask=np.concatenate(masks), ends=ends)
-
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

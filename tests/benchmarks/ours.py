@@ -71,7 +71,7 @@ def _cpu() -> float:
 def _config(adapter: str) -> Config:
     settings = json.loads((Path(adapter) / "adapter_config.json").read_text())
     values = Config().to_dict()
-    values["model"] |= {"dtype": "float32", "param_dtype": "float32", "remat": "none"}
+    values["model"] |= {"dtype": "float32", "param_dtype": "float32"}
     values["lora"] |= {"r": settings["r"], "alpha": float(settings["lora_alpha"]), "init": adapter}
     values["optim"] |= {"lr": 1e-4, "schedule": "constant", "warmup": 0}
     return freeze(values)
