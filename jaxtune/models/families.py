@@ -1,7 +1,7 @@
 """One row per model family: how to read its config.json, and what its tensors are called.
 
-Key tables map the path of one layer's parameter to the Hugging Face tensor, `{i}` being the layer. A
-`kernel` is stored transposed there (outputs first); everything else keeps its shape.
+Key tables map the path of one layer's parameter to the Hugging Face tensor, `{i}` being the layer.
+A `kernel` is stored transposed there (outputs first); everything else keeps its shape.
 """
 
 import difflib

@@ -97,12 +97,13 @@ def _low_rank_forward(x_BTI, a_IR, b_RO):
 
 
 def _low_rank_backward(residuals, dy_BTO):
-    # Written out because XLA's CPU compiler transposes the wide operand of the automatic gradients:
-    # a LoRA step is 13% faster so.
+    # XLA's CPU compiler folds the transposes of automatic gradients into these products and pays
+    # with a transposed copy of a wide operand. Kept apart by the barrier, a LoRA step is 13% faster.
     x_BTI, x_BTR, a_IR, b_RO = residuals
     dy_BTR = jnp.einsum("BTO,RO->BTR", dy_BTO, b_RO.astype(dy_BTO.dtype))
     da_RI = jnp.einsum("BTR,BTI->RI", dy_BTR, x_BTI, preferred_element_type=a_IR.dtype)
     db_RO = jnp.einsum("BTR,BTO->RO", x_BTR, dy_BTO, preferred_element_type=b_RO.dtype)
+    da_RI, db_RO = jax.lax.optimization_barrier((da_RI, db_RO))
     return jnp.einsum("BTR,IR->BTI", dy_BTR, a_IR.astype(dy_BTO.dtype)), da_RI.T, db_RO
 
 

@@ -213,15 +213,15 @@ def make_peers() -> None:
 def launch(
     command: str, work: Path, documents: Path, rows: int, length: int
 ) -> tuple[tuple[Worker, Worker], list[float], list[dict[str, Any]]]:
-    """(ours, theirs), the seconds from start to the end of each one's first command, its answers."""
+    """(ours, theirs), seconds from start to the end of each one's first command, answers."""
     paths = (work / "base", work / "adapter", documents)
     sides, seconds, answers = [], [], []
-    for call in (
-        (sys.executable, "ours.py", *paths, "--rows", rows, "--length", length),
-        (PEER, "peer.py", *paths, "--rows", 8),
+    for python, script, *own in (
+        (sys.executable, "ours.py", "--rows", rows, "--length", length),
+        (PEER, "peer.py", "--rows", 8),
     ):
         started = time.perf_counter()
-        sides.append(Worker(*call))
+        sides.append(Worker(python, str(script), *paths, *own))
         answers.append(sides[-1].ask(command))
         seconds.append(time.perf_counter() - started)
     return (sides[0], sides[1]), seconds, answers
