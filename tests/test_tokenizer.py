@@ -152,12 +152,12 @@ def test_code_that_a_folder_names_is_never_run(saved):
     assert not (saved / "ran").exists()
 
 
-def test_stop_ids_join_the_generation_config_and_the_tokenizer():
-    tokenizer = byte_tokenizer()
-    assert stop_ids(tokenizer) == (257,)
-    assert stop_ids(tokenizer, {"eos_token_id": [259, 257]}) == (257, 259)
-    assert stop_ids(tokenizer, {"eos_token_id": 3}) == (3, 257)
-    assert stop_ids(byte_tokenizer(eos=None), {"eos_token_id": None}) == ()
+def test_stop_ids_join_the_generation_config_the_tokenizer_and_ends_of_turns():
+    tokenizer = byte_tokenizer()  # 257 is its eos, 259 <|im_end|>
+    assert stop_ids(tokenizer) == (257, 259)
+    assert stop_ids(tokenizer, {"eos_token_id": [258, 257]}) == (257, 258, 259)
+    assert stop_ids(tokenizer, {"eos_token_id": 3}) == (3, 257, 259)
+    assert stop_ids(byte_tokenizer(eos=None), {"eos_token_id": None}) == (257, 259)  # both end turns
 
 
 def test_files_and_digest_cover_all_that_belongs_to_a_tokenizer(saved):
