@@ -157,7 +157,8 @@ def test_stop_ids_join_the_generation_config_the_tokenizer_and_ends_of_turns():
     assert stop_ids(tokenizer) == (257, 259)
     assert stop_ids(tokenizer, {"eos_token_id": [258, 257]}) == (257, 258, 259)
     assert stop_ids(tokenizer, {"eos_token_id": 3}) == (3, 257, 259)
-    assert stop_ids(byte_tokenizer(eos=None), {"eos_token_id": None}) == (257, 259)  # both end turns
+    both = (257, 259)  # </s> ends a turn whatever the tokenizer calls its eos
+    assert stop_ids(byte_tokenizer(eos=None), {"eos_token_id": None}) == both
 
 
 def test_files_and_digest_cover_all_that_belongs_to_a_tokenizer(saved):
