@@ -18,6 +18,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import pytest
 
+from tests import tiny
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
@@ -26,3 +28,12 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("../shared/data is not here: it holds others' data and is not in the project")
     return path
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, `base`, and something to teach it, `rows.jsonl`."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.write_complete(folder / "base")
+    tiny.write_rows(folder / "rows.jsonl")
+    return folder

@@ -15,14 +15,6 @@ from tests import tiny
 LORA = str(Path(__file__).parents[1] / "configs" / "lora.py")
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny.write_complete(folder / "base")
-    tiny.write_rows(folder / "rows.jsonl")
-    return folder
-
-
 def flags(inputs: Path, workdir: Path, **changes: object) -> list[str]:
     """`jaxtune train` on the tiny base; changes are config keys with __ for the dot."""
     values = {

@@ -17,14 +17,6 @@ from jaxtune.train import fit
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny.write_complete(folder / "base")
-    tiny.write_rows(folder / "rows.jsonl")
-    return folder
-
-
 def settings(inputs: Path, **changes) -> config.Config:
     values = config.Config().to_dict()
     values["model"] |= {
