@@ -20,7 +20,7 @@ _EPILOG = """\
 config overrides: --config.KEY=VALUE, such as --config.optim.lr=1e-4 --config.train.epochs=2
 
 first runs:
-  jaxtune train --config=configs/quickstart.py --workdir=runs/quickstart
+  make quickstart                    (or: python -m jaxtune.demo)
   jaxtune train --config=configs/lora.py --config.model.path=FOLDER_OR_HUB_ID \\
                 --config.data.train=rows.jsonl --workdir=runs/mine
   jaxtune export --workdir=runs/mine --format=hf --out=mine-merged
@@ -149,9 +149,12 @@ def _eval(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]
 def _generate(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
     from jaxtune.tuned import generate
 
-    if bool(args.prompt) == bool(args.prompts):
-        raise ConfigError("no prompt, or two", fix="--prompt=TEXT or --prompts=FILE (a line each)")
-    prompts = [args.prompt] if args.prompt else _lines(Path(args.prompts))
+    if (args.prompt is None) == (args.prompts is None):
+        raise ConfigError(
+            "either --prompt or --prompts is needed",
+            fix="--prompt=TEXT, as often as you like, or --prompts=FILE (a line each)",
+        )
+    prompts = args.prompt or _lines(Path(args.prompts))
     texts = generate(
         _workdir(args),
         prompts,
@@ -227,7 +230,7 @@ _VERBS: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, dict[str, 
         _WORKDIR
         | _STEP
         | {
-            "--prompt": {"metavar": "TEXT"},
+            "--prompt": {"metavar": "TEXT", "action": "append", "help": "may be repeated"},
             "--prompts": {"metavar": "FILE", "help": "one prompt a line"},
             "--max-new-tokens": {"type": int, "default": 128},
             "--temperature": {"type": float, "default": 0.0, "help": "0 is greedy"},

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -307,3 +308,21 @@ def _check_values(config: Config) -> None:
         )
     if not 0 <= config.data.eval_fraction < 1:
         raise ConfigError(f"data.eval_fraction is {config.data.eval_fraction}", fix="in [0, 1)")
+    optim = config.optim
+    ranges = {  # value, least, most; both may be reached
+        "optim.lr": (1.0 if optim.lr is None else optim.lr, 0.0, math.inf),
+        "optim.end_ratio": (optim.end_ratio, 0.0, 1.0),
+        "optim.warmup": (optim.warmup, 0, math.inf if isinstance(optim.warmup, int) else 1.0),
+        "optim.weight_decay": (optim.weight_decay, 0.0, math.inf),
+        "optim.clip_norm": (optim.clip_norm, 0.0, math.inf),
+        "optim.b1": (optim.b1, 0.0, 0.9999999),
+        "optim.b2": (optim.b2, 0.0, 0.9999999),
+        "optim.eps": (optim.eps, 0.0, 1.0),
+        "eval.every": (config.eval.every, 0, math.inf),
+        "eval.patience": (config.eval.patience, 0, math.inf),
+        "data.skip_bad_rows": (config.data.skip_bad_rows, 0, math.inf),
+    }
+    for key, (value, least, most) in ranges.items():
+        if not least <= value <= most:
+            limits = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+            raise ConfigError(f"config.{key} is {value}", fix=limits)

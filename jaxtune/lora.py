@@ -61,9 +61,14 @@ def targets(lora: LoraConfig, modules: Mapping[str, str]) -> frozenset[str]:
         if lost:
             raise _no_target(lost, modules)
     chosen = {path for path in chosen - saved if _in_layers(path, lora.layers_to_transform)}
-    layers = {int(path.split(".")[1]) for path in chosen}
-    if not chosen or not set(lora.layers_to_transform) <= layers:
-        raise _no_target([lora.target_modules, *lora.layers_to_transform], modules)
+    lost_layers = set(lora.layers_to_transform) - {int(path.split(".")[1]) for path in modules}
+    if lost_layers:
+        raise ConfigError(
+            f"lora.layers_to_transform names layers {sorted(lost_layers)}",
+            fix=f"layers 0 to {_last_layer(modules)}",
+        )
+    if not chosen:
+        raise _no_target([lora.target_modules], modules)
     return frozenset(chosen)
 
 
@@ -89,6 +94,10 @@ def insert(model: Decoder, chosen: frozenset[str], lora: LoraConfig, rngs: nnx.R
     return model
 
 
+def _last_layer(modules: Mapping[str, str]) -> int:
+    return max(int(path.split(".")[1]) for path in modules)
+
+
 def _matching(names: tuple[str, ...], modules: Mapping[str, str]) -> list[str]:
     return [p for p, name in modules.items() if any(f".{name}".endswith(f".{n}") for n in names)]
 
@@ -109,8 +118,7 @@ def _fullmatch(pattern: str, name: str) -> bool:
 
 def _no_target(wanted: list, modules: Mapping[str, str]) -> ConfigError:
     names = sorted({name.rsplit(".", 1)[-1] for name in modules.values()})
-    layers = 1 + max(int(path.split(".")[1]) for path in modules)
     return ConfigError(
         f"lora.target_modules matches nothing: {', '.join(map(str, wanted))}",
-        fix=f"all-linear, or of {', '.join(names)} in layers 0 to {layers - 1}",
+        fix=f"all-linear, or of {', '.join(names)} in layers 0 to {_last_layer(modules)}",
     )

@@ -4,6 +4,7 @@ Every number is traced and lives in the optimizer state (`optax.inject_hyperpara
 value never recompiles and a population of runs differs only in its state.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -44,9 +45,14 @@ def labels(paths: Iterable[str], lora: LoraConfig, optim: OptimConfig) -> dict[s
         if verb not in ("freeze", "train"):
             raise ConfigError(f"optim.rules {pattern!r} -> {verb!r}", fix="freeze or train")
     constants = ((r"\.lora\.scale$", "freeze"),)
-    saved = tuple((rf"(^|\.){name}\.(?!.*lora\.)", "train") for name in lora.modules_to_save)
-    if saved:
-        tree.label(paths, saved, ((".", "freeze"),))  # loud when a module to save matches nothing
+    saved = tuple((_module(name), "train") for name in lora.modules_to_save)
+    for name in lora.modules_to_save:
+        if not any(re.search(_module(name), path) for path in paths):
+            names = sorted({path.split(".")[-2] for path in paths if ".lora." not in path})
+            raise ConfigError(
+                f"lora.modules_to_save {name!r} is no module of this model",
+                fix=f"of {', '.join(names)} (a tied head is embed_tokens)",
+            )
     rest = ((r"\.lora\.", "train"), (".", "freeze")) if lora.r else ((".", "train"),)
     verbs = tree.label(paths, optim.rules, (*constants, *saved, *rest))
     verbs |= {path: "freeze" for path in paths if path.endswith(".lora.scale")}
@@ -55,6 +61,10 @@ def labels(paths: Iterable[str], lora: LoraConfig, optim: OptimConfig) -> dict[s
     if set(result.values()) <= {FROZEN}:
         raise ConfigError("every parameter is frozen", fix="an optim.rules entry that trains some")
     return result
+
+
+def _module(name: str) -> str:
+    return rf"(^|\.){re.escape(name)}\.(?!.*lora\.)"
 
 
 def peak_lr(config: Config) -> float:

@@ -12,13 +12,27 @@ from jax.sharding import PartitionSpec as P
 from jaxtune import assemble, config, optim, sharding, tree
 from jaxtune.assemble import Assembly
 from jaxtune.config import Config
+from jaxtune.console import say
 from jaxtune.data.packing import Batch
 from jaxtune.errors import ConfigError
 from jaxtune.hf import adapter, files
+from jaxtune.models.decoder import DecoderConfig
 from jaxtune.objectives.sft import next_token
 from jaxtune.step import Program, TrainState, init_state
 
 CONFIG = "config.json"  # of a workdir
+
+
+def within_positions(config: Config, decoder: DecoderConfig) -> Config:
+    """The config with data.max_length no longer than the positions the model knows, said aloud."""
+    if config.data.max_length <= decoder.max_position:
+        return config
+    say(
+        f"data.max_length {config.data.max_length} is more than the model's "
+        f"{decoder.max_position} positions: rows are {decoder.max_position} tokens"
+    )
+    data = dataclasses.replace(config.data, max_length=decoder.max_position)
+    return dataclasses.replace(config, data=data)
 
 
 def program(config: Config, assembly: Assembly, steps: int) -> Program:

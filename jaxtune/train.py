@@ -161,10 +161,13 @@ def prepare(config: Config, workdir: Path) -> Ready:
     mesh = sharding.make_mesh(config.mesh)
     _check_batch(config, mesh)
     assembly = assemble.assemble(config, folder, mesh)
+    config = setup.within_positions(config, assembly.decoder)
     tokens = tokenizer.load_tokenizer(str(folder), assembly.decoder.vocab_size)
     prepared = pipeline.prepare(config, tokens, say)
     per_step = config.train.batch_size
     steps = config.train.steps or math.ceil(config.train.epochs * len(prepared.train) / per_step)
+    if (warmup := optim.hyperparameters(config, steps)["warmup"]) >= steps:
+        say(f"warning: optim.warmup of {warmup:g} steps: {steps} steps never reach the peak rate")
     fingerprint = _fingerprint(config, folder, prepared.train, prepared.eval, steps)
 
     where = workdir / "checkpoints"
@@ -306,8 +309,8 @@ def _fingerprint(config: Config, folder: Path, train: Rows, evals: Rows | None, 
     values = config.to_dict()
     for key in ("checkpoint", "mesh", "eval"):
         del values[key]  # a run may move to other devices and be watched more or less closely
-    for key in ("log_every", "tensorboard", "wandb"):
-        del values["train"][key]
+    for key in ("log_every", "tensorboard", "wandb", "steps", "epochs"):
+        del values["train"][key]  # the number of steps that follows stands beside the config
     del values["model"]["path"], values["data"]["train"], values["data"]["eval"]
     return {
         "version": jaxtune.__version__,

@@ -15,7 +15,7 @@ from jaxtune.assemble import Assembly
 from jaxtune.config import Config
 from jaxtune.console import say, stderr
 from jaxtune.data import audit, pipeline, templates
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, StorageError
 from jaxtune.hf import adapter as peft
 from jaxtune.hf import export as merged
 from jaxtune.hf import files, load
@@ -60,9 +60,7 @@ def open_run(workdir: str | Path, step: int | None = None) -> Tuned:
     program = setup.program(config, assembly, max(config.train.steps, 1))
     state, frozen = setup.initial(config, assembly, program, mesh)
     where = workdir / "checkpoints"
-    if step is None and config.checkpoint.best:
-        step = checkpoint.best_step(where)
-    restored = checkpoint.restore(where, setup.abstract(state), step)
+    restored = _restore(where, setup.abstract(state), step, config.checkpoint.best)
     if restored is None:
         raise ConfigError(f"{workdir} holds no checkpoint yet", fix="jaxtune train in it first")
     for line in restored.skipped:
@@ -82,6 +80,20 @@ def open_run(workdir: str | Path, step: int | None = None) -> Tuned:
     )
 
 
+def _restore(
+    where: Path, abstract: Any, step: int | None, best: bool
+) -> checkpoint.Restored | None:
+    """`step`, else the best evaluated, else (also when that one is damaged) the newest."""
+    chosen = checkpoint.best_step(where) if step is None and best else step
+    try:
+        return checkpoint.restore(where, abstract, chosen)
+    except StorageError as error:
+        if step is not None or chosen is None:
+            raise
+        say(f"the best checkpoint cannot be used, taking the newest that can: {error.what}")
+        return checkpoint.restore(where, abstract)
+
+
 def evaluate(
     workdir: str | Path, *, data: str | None = None, step: int | None = None
 ) -> dict[str, Any]:
@@ -91,6 +103,7 @@ def evaluate(
     """
     tuned = open_run(workdir, step)
     config = tuned.config
+    config = setup.within_positions(config, tuned.assembly.decoder)
     if data is not None:
         only = dataclasses.replace(config.data, train=data, eval="", eval_fraction=0.0)
         config = dataclasses.replace(config, data=only)
@@ -192,7 +205,9 @@ def export(
 def show_data(config: Config) -> dict[str, Any]:
     """Shows on stderr what the model will see; returns the same as JSON values."""
     folder = files.resolve(config.model.path)
-    tokenizer = tokenizers.load_tokenizer(str(folder), load.read_config(folder)[1].vocab_size)
+    decoder = load.read_config(folder)[1]
+    config = setup.within_positions(config, decoder)
+    tokenizer = tokenizers.load_tokenizer(str(folder), decoder.vocab_size)
     prepared = pipeline.prepare(config, tokenizer, say)
     audit.show(prepared, tokenizer, stderr)
     return audit.as_json(prepared)

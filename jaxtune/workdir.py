@@ -4,12 +4,15 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxtune.errors import ConfigError, StorageError
+
+_DIGEST = re.compile(r'"[0-9a-f]{64}"')
 
 
 @contextlib.contextmanager
@@ -73,12 +76,12 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
     differ = [
         f"{name} was {_show(old, name)}, is now {_show(new, name)}"
         for name in sorted(old.keys() | new.keys())
-        if _show(old, name) != _show(new, name)
+        if old.get(name, ...) != new.get(name, ...)
     ]
     if differ:
         raise ConfigError(
             f"the checkpoints here are of another run: {'; '.join(differ)}",
-            fix="another --workdir, or the old values again",
+            fix="the old values again, or another --workdir (lora.init=ADAPTER goes on there)",
         )
 
 
@@ -94,4 +97,7 @@ def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _show(values: dict[str, Any], name: str) -> str:
-    return json.dumps(values[name], sort_keys=True) if name in values else "absent"
+    if name not in values:
+        return "absent"
+    text = json.dumps(values[name], sort_keys=True)
+    return f'{text[:12]}..."' if _DIGEST.fullmatch(text) else text

@@ -65,20 +65,48 @@ def test_the_whole_way(inputs, tmp_path, capfd):
     assert scores["base"]["tokens"] == scores["tuned"]["tokens"] > 0
     code, out, _ = run(
         capfd,
-        ["generate", f"--workdir={workdir}", "--prompt=7 then", "--max-new-tokens=4", "--json"],
-    )
+        ["generate", f"--workdir={workdir}", "--prompt=7 then", "--prompt=", "--max-new-tokens=4",
+         "--json"],
+    )  # fmt: skip
     assert code == 0
-    assert json.loads(out)["prompts"] == ["7 then"]
+    assert json.loads(out)["prompts"] == ["7 then", ""]
     for kind in ("hf", "peft"):
         target = tmp_path / kind
         arguments = ["export", f"--workdir={workdir}", f"--format={kind}", f"--out={target}"]
         code, out, _ = run(capfd, [*arguments, "--json"])
         assert code == 0
         assert json.loads(out)["out"] == str(target)
+        assert {file.stat().st_mode & 0o777 for file in target.iterdir()} == {0o666 & ~_umask()}
         assert list(target.glob("*.safetensors"))
         code, _, said = run(capfd, arguments)  # a second time: the folder is not empty
         assert code == 2
         assert str(target) in said.splitlines()[-1]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_damaged_best_checkpoint_gives_way_to_the_newest_that_verifies(inputs, tmp_path, capfd):
+    changes = {"train__steps": 3, "checkpoint__every": 1, "eval__every": 3, "checkpoint__keep": 2}
+    assert run(capfd, flags(inputs, tmp_path / "run", **changes))[0] == 0
+    for file in (tmp_path / "run" / "checkpoints" / "3").rglob("*"):
+        if file.is_file() and file.name != "jaxtune.json":
+            file.write_bytes(b"")
+    code, out, said = run(capfd, ["eval", f"--workdir={tmp_path / 'run'}", "--json"])
+    assert code == 0
+    assert json.loads(out)["step"] == 2
+    assert "the best checkpoint cannot be used" in said
+
+
+def test_rows_are_no_longer_than_the_models_positions(inputs, tmp_path, capfd):
+    arguments = [a for a in flags(inputs, tmp_path, data__max_length=999) if "--workdir" not in a]
+    code, out, said = run(capfd, ["data", *arguments[1:], "--json"])
+    assert code == 0
+    assert "data.max_length 999 is more than the model's 128 positions" in said
+    assert json.loads(out)["train"]["width"] <= 128
 
 
 def test_data_verb_writes_nothing(inputs, tmp_path, capfd):

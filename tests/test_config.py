@@ -80,6 +80,13 @@ def test_flag_text_takes_the_type_of_its_key(page, key, text, value):
         ({"train.batch_size": "0"}, "above 0"),
         ({"lora.dropout": "1"}, "dropout in [0, 1)"),
         ({"data.eval_fraction": "-1"}, "in [0, 1)"),
+        ({"optim.lr": "-1"}, "config.optim.lr is -1.0; try: 0.0 or more"),
+        ({"optim.clip_norm": "-1"}, "config.optim.clip_norm"),
+        ({"optim.end_ratio": "-3"}, "from 0.0 to 1.0"),
+        ({"optim.b1": "1.5"}, "config.optim.b1"),
+        ({"optim.warmup": "1.5"}, "from 0 to 1.0"),
+        ({"optim.warmup": "-1"}, "0 or more"),
+        ({"eval.every": "-5"}, "config.eval.every is -5"),
     ],
 )
 def test_mistakes_stop_with_one_line_that_helps(page, overrides, said):

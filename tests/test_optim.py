@@ -65,7 +65,7 @@ def test_freezing_the_first_layers_of_a_full_run():
         (LoraConfig(), ((r"layers\.7\.", "freeze"),), "decides nothing"),
         (LoraConfig(), (("kernel", "thaw"),), "freeze or train"),
         (LoraConfig(), ((".", "freeze"),), "every parameter is frozen"),
-        (LoraConfig(modules_to_save=("score",)), (), "score"),
+        (LoraConfig(modules_to_save=("score",)), (), "lora.modules_to_save 'score'"),
     ],
 )
 def test_rules_that_select_nothing_stop(lora, rules, said):

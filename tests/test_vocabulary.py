@@ -145,3 +145,10 @@ def test_look_up(mesh, vocab):
         )
     expected = jax.grad(lambda table: jnp.sum(jnp.sin(table[tokens_BT])))(table_VD)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_tie_is_no_prediction():
+    """Equal logits for all tokens, as of a ruined model, are right about nothing."""
+    x_BTD, head_VD, targets_BT, weights_BT = inputs(16)
+    _, correct = token_loss(jnp.zeros_like(x_BTD), head_VD, targets_BT, weights_BT)
+    assert float(correct) == 0.0

@@ -104,4 +104,10 @@ def test_every_differing_field_is_named_with_both_values(now: dict[str, object],
         check_fingerprint(SAVED, now)
     assert caught.value.exit_code == 2
     assert caught.value.what == f"the checkpoints here are of another run: {what}"
-    assert caught.value.fix == "another --workdir, or the old values again"
+    assert caught.value.fix.startswith("the old values again, or another --workdir")
+
+
+def test_digests_are_shown_short():
+    with pytest.raises(ConfigError) as caught:
+        check_fingerprint({"data": "ab" * 32}, {"data": "cd" * 32})
+    assert 'data was "abababababa...", is now "cdcdcdcdcdc..."' in caught.value.what

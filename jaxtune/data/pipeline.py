@@ -348,7 +348,7 @@ def _split(
     if not count:
         raise DataError(
             f"data.eval_fraction={fraction} of {total} examples leaves none to hold out",
-            fix="more rows, or a file in data.eval",
+            fix="rows that differ, data.eval_fraction=0, or a file in data.eval",
         )
     tell(f"eval: held out {count} of {total} training examples (data.eval_fraction, seed {seed})")
     return train, held

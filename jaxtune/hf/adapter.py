@@ -110,6 +110,11 @@ def read_adapter(
       ConfigError: another rank, scale or set of modules than the run's; both are named.
       ModelError: no adapter, pickled weights, a damaged file, or more than plain LoRA.
     """
+    if not (folder / CONFIG).is_file():
+        raise ModelError(
+            f"{CONFIG} is missing in the lora.init folder {folder}",
+            fix="a PEFT adapter folder, such as jaxtune export --format=peft writes",
+        )
     settings = files.read_json(folder / CONFIG)
     _check_settings(folder, settings, lora)
     stored = files.tensors(folder, single=WEIGHTS)

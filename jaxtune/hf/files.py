@@ -84,7 +84,7 @@ def resolve(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"{path!r} is no folder here and the hub did not give it: {error}",
+            f"{path!r} is no folder here and the hub did not give it: {str(error)[:150]}",
             fix="a local folder, or check the id, the network and `hf auth login`",
         ) from error
 

@@ -63,6 +63,9 @@ def save_verified(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     wanted = {name: _digest(values) for name, values in ready.items()}
     try:
         save_file(ready, file, metadata={"format": "pt"})
+        mask = os.umask(0)
+        os.umask(mask)
+        file.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
     except SafetensorError as error:
         raise StorageError(f"{file} cannot be written: {error}", fix="more disk space") from error
     _sync(file)

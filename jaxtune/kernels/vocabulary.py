@@ -44,7 +44,7 @@ class TokenLoss(NamedTuple):
     """Sums over loss-bearing tokens, float32: divide by their weight at the very end."""
 
     loss: jax.Array  # sum of weight * -log p(target), nats
-    correct: jax.Array  # sum of weight where the target is the most likely token
+    correct: jax.Array  # sum of weight where the target alone is the most likely token
 
 
 @jax.custom_vjp
@@ -161,9 +161,12 @@ def _walk(
         sum_C = combine(jax.lax.psum, exp_CV.sum(axis=-1))
         target_C = jnp.take_along_axis(logits_CV, row_C[:, None], axis=1)[:, 0]
         target_C = combine(jax.lax.psum, jnp.where(mine_C, target_C, 0.0))
+        # A model whose logits are all equal has predicted nothing: ties are not correct.
+        at_top_C = combine(jax.lax.psum, jnp.sum(logits_CV == top_C[:, None], axis=-1))
+        hits_C = (target_C >= top_C) & (at_top_C == 1)
         total = TokenLoss(
             total.loss + jnp.sum(weights_C * (jnp.log(sum_C) + top_C - target_C)),
-            total.correct + jnp.sum(weights_C * (target_C >= top_C)),
+            total.correct + jnp.sum(weights_C * hits_C),
         )
         if grad_x or grad_head:  # d loss / d logits = weight * (softmax - one_hot)
             exp_CV = exp_CV.astype(x_CD.dtype)
