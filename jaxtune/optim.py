@@ -44,7 +44,6 @@ def labels(paths: Iterable[str], lora: LoraConfig, optim: OptimConfig) -> dict[s
     for pattern, verb in optim.rules:
         if verb not in ("freeze", "train"):
             raise ConfigError(f"optim.rules {pattern!r} -> {verb!r}", fix="freeze or train")
-    constants = ((r"\.lora\.scale$", "freeze"),)
     saved = tuple((_module(name), "train") for name in lora.modules_to_save)
     for name in lora.modules_to_save:
         if not any(re.search(_module(name), path) for path in paths):
@@ -54,7 +53,8 @@ def labels(paths: Iterable[str], lora: LoraConfig, optim: OptimConfig) -> dict[s
                 fix=f"of {', '.join(names)} (a tied head is embed_tokens)",
             )
     rest = ((r"\.lora\.", "train"), (".", "freeze")) if lora.r else ((".", "train"),)
-    verbs = tree.label(paths, optim.rules, (*constants, *saved, *rest))
+    verbs = tree.label(paths, optim.rules, (*saved, *rest))
+    # The scale of an adapter is a constant, whatever a rule says.
     verbs |= {path: "freeze" for path in paths if path.endswith(".lora.scale")}
     groups = tree.label(paths, (), _GROUPS)
     result = {p: groups[p] if verbs[p] == "train" else FROZEN for p in paths}
