@@ -1,7 +1,9 @@
 """From a config to a model in its place: its leaves, who trains them, where they live."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,12 @@ from jax.sharding import Mesh
 
 from jaxtune import lora, optim, sharding, tree
 from jaxtune.config import Config
-from jaxtune.hf import load
-from jaxtune.models.decoder import Decoder, DecoderConfig
+from jaxtune.data.labels import base_labels
+from jaxtune.errors import ConfigError
+from jaxtune.hf import files, load
+from jaxtune.models import families
+from jaxtune.models.adapter import Spec
+from jaxtune.models.blocks import LayerConfig
 from jaxtune.models.families import Family
 
 
@@ -21,11 +27,12 @@ class Assembly:
 
     folder: Path  # the base checkpoint
     family: Family
-    decoder: DecoderConfig
+    model: LayerConfig  # a DecoderConfig or an EncoderConfig
     graphdef: nnx.GraphDef
     shapes: dict[str, jax.ShapeDtypeStruct]  # of every leaf, with dtype and sharding
     groups: dict[str, str]  # optimizer group of every leaf, or "frozen"
-    targets: frozenset[str]  # projections with an adapter, one path a layer
+    targets: dict[str, Spec]  # rank and scale of projections with an adapter, one path a layer
+    new: frozenset[str]  # leaves of a head that the checkpoint lacks
     seed: int
 
     @property
@@ -34,28 +41,31 @@ class Assembly:
 
 
 def assemble(config: Config, folder: Path, mesh: Mesh) -> Assembly:
-    """Decides everything about a run's parameters from the base's config.json alone.
+    """Decides everything about a run's parameters before one of them is read.
 
     Raises:
       ConfigError: targets or rules that match nothing.
       ModelError: a model family or config that is not supported.
     """
-    family, decoder = load.read_config(folder)
-    targets, labels = _decide(config, family, decoder)
+    family, model = describe(config, folder)
+    leaves = _leaves(model)
+    new = load.missing_heads(folder, family, model, leaves) | _other_classes(config, folder, leaves)
+    heads = tuple(path for path in leaves if path in new or _is_head(family, model, path))
+    targets, labels = _decide(config, family, leaves, heads)
 
     def signature(layer: int):
         prefix = f"layers.{layer}."
         own = {
             path.removeprefix(prefix): v for path, v in labels.items() if path.startswith(prefix)
         }
-        return own, {path.removeprefix(prefix) for path in targets if path.startswith(prefix)}
+        adapters = {p.removeprefix(prefix): v for p, v in targets.items() if p.startswith(prefix)}
+        return model.kind(layer), own, adapters
 
-    model = nnx.eval_shape(
-        lambda: _build(config, decoder, targets, tree.stacks(decoder.num_layers, signature))
-    )
-    graphdef, shapes = tree.split(model)
+    runs = tree.stacks(model.num_layers, signature)
+    abstract = nnx.eval_shape(lambda: _build(config, model, targets, runs))
+    graphdef, shapes = tree.split(abstract)
     groups = tree.stack_labels(shapes, labels)
-    places = sharding.param_shardings(shapes, tree.axes(model), mesh)
+    places = sharding.param_shardings(shapes, tree.axes(abstract), mesh)
     shapes = {
         path: jax.ShapeDtypeStruct(
             shape.shape,
@@ -64,55 +74,102 @@ def assemble(config: Config, folder: Path, mesh: Mesh) -> Assembly:
         )
         for path, shape in shapes.items()
     }
-    return Assembly(folder, family, decoder, graphdef, shapes, groups, targets, config.train.seed)
+    seed = config.train.seed
+    return Assembly(folder, family, model, graphdef, shapes, groups, targets, new, seed)
 
 
 def fresh(config: Config, assembly: Assembly) -> dict[str, jax.Array]:
-    """New adapters, placed; B is zero, so the model equals its base exactly. Full runs: empty."""
-    wanted = {path: s for path, s in assembly.shapes.items() if ".lora." in path}
+    """New adapters and heads, placed; B is zero, so the model equals its base exactly."""
+    wanted = {path: s for path, s in assembly.shapes.items() if _is_fresh(assembly, path)}
     runs = _stacks_of(assembly)
 
     def init() -> dict[str, jax.Array]:
-        leaves = tree.split(_build(config, assembly.decoder, assembly.targets, runs))[1]
-        return {path: leaves[path] for path in wanted}
+        leaves = tree.split(_build(config, assembly.model, assembly.targets, runs))[1]
+        return {path: leaves[path].astype(s.dtype) for path, s in wanted.items()}
 
-    # Only the adapters are asked for, so the compiler never makes the base.
+    # Only these are asked for, so the compiler never makes the base.
     return jax.jit(init, out_shardings={path: s.sharding for path, s in wanted.items()})()
 
 
 def base(assembly: Assembly) -> dict[str, jax.Array]:
     """The base checkpoint's leaves, placed; trained ones in float32."""
-    wanted = {path: s for path, s in assembly.shapes.items() if ".lora." not in path}
-    return load.load_params(assembly.folder, assembly.family, assembly.decoder, wanted)
+    wanted = {path: s for path, s in assembly.shapes.items() if not _is_fresh(assembly, path)}
+    return load.load_params(assembly.folder, assembly.family, assembly.model, wanted)
 
 
-def _decide(config: Config, family: Family, decoder: DecoderConfig):
-    """-> (targeted modules, {path of one layer's leaf: group}), adapters' leaves included."""
-    model = nnx.eval_shape(lambda: Decoder(decoder, rngs=nnx.Rngs(0)))
-    paths = [single for path in tree.split(model)[1] for single in tree.layer_paths(path)]
+def _is_fresh(assembly: Assembly, path: str) -> bool:
+    return ".lora." in path or path in assembly.new
+
+
+def describe(config: Config, folder: Path) -> tuple[Family, LayerConfig]:
+    """The family and the model that a run makes of a checkpoint."""
+    classes = (len(config.data.labels) or 2) if config.task == "classify" else 0
+    family, model = load.read_config(folder, num_labels=classes, ignore=config.model.ignore)
+    if not (classes or model.causal):
+        raise ConfigError(
+            f"task={config.task} needs a model that writes text, and {folder} is an encoder",
+            fix="--config.task=classify, or a causal model",
+        )
+    if config.model.router_aux is not None:
+        if model.experts is None:
+            raise ConfigError(
+                f"model.router_aux is {config.model.router_aux} and the model has no experts",
+                fix="model.router_aux=None",
+            )
+        experts = replace(model.experts, balance_weight=config.model.router_aux)
+        model = replace(model, experts=experts)
+    return family, model
+
+
+def _other_classes(config: Config, folder: Path, leaves: Mapping[str, Any]) -> set[str]:
+    """The last layer of a trained classifier whose classes are not the run's."""
+    hf, wanted = files.read_json(folder / "config.json"), config.data.labels
+    if not (wanted and "SequenceClassification" in " ".join(hf.get("architectures") or ())):
+        return set()
+    known = base_labels(hf)
+    if len(wanted) == families.labels(hf) and known in ((), wanted):
+        return set()
+    return {path for path in leaves if path.startswith(("score.", "classifier."))}
+
+
+def _leaves(model: LayerConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape} of the leaves as they are without adapters."""
+    return tree.split(nnx.eval_shape(lambda: load.module_of(model)(model, rngs=nnx.Rngs(0))))[1]
+
+
+def _is_head(family: Family, model: LayerConfig, path: str) -> bool:
+    """Whether PEFT trains a leaf of a classifier in full beside adapters: by its module's name."""
+    if not model.num_labels or not path.startswith(family.heads):
+        return False
+    return any(part.endswith(("classifier", "score")) for part in family.tensor(path).split("."))
+
+
+def _decide(config: Config, family: Family, leaves: Mapping[str, Any], heads: tuple[str, ...]):
+    """-> (rank and scale of targeted modules, {path of one layer's leaf: group}), adapters too."""
+    paths = [single for path in leaves for single in tree.layer_paths(path)]
     modules = {
         path.removesuffix(".kernel"): family.module(path)
         for path in paths
         if path.endswith(".kernel")
     }
-    targets = lora.targets(config.lora, modules)
-    adapters = [
-        f"{module}.lora.{leaf}" for module in sorted(targets) for leaf in ("A", "B", "scale")
-    ]
-    return targets, optim.labels([*paths, *adapters], config.lora, config.optim)
+    never = {path.removesuffix(".kernel") for path in heads}
+    targets = lora.targets(config.lora, modules, never)
+    parts = ("A", "B", "scale", "magnitude") if config.lora.use_dora else ("A", "B", "scale")
+    adapters = [f"{module}.lora.{leaf}" for module in sorted(targets) for leaf in parts]
+    return targets, optim.labels([*paths, *adapters], config.lora, config.optim, heads=heads)
 
 
-def _build(config: Config, decoder: DecoderConfig, targets: frozenset[str], stacks) -> Decoder:
+def _build(config: Config, model: LayerConfig, targets: Mapping[str, Spec], stacks) -> nnx.Module:
     rngs = nnx.Rngs(config.train.seed)
-    model = Decoder(
-        decoder,
+    module = load.module_of(model)(
+        model,
         rngs=rngs,
         dtype=jnp.dtype(config.model.dtype),
         param_dtype=jnp.dtype(config.model.param_dtype),
         remat=config.model.remat,
         stacks=stacks,
     )
-    return lora.insert(model, targets, config.lora, rngs)
+    return lora.insert(module, targets, config.lora, rngs)
 
 
 def _stacks_of(assembly: Assembly) -> tuple[tuple[int, int], ...]:

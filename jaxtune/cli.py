@@ -7,6 +7,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -182,6 +183,30 @@ def _export(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, An
     return result
 
 
+def _convert(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
+    from jaxtune.console import say
+    from jaxtune.hf.convert import convert
+
+    shard = None if args.shard_size is None else _bytes(args.shard_size)
+    written = convert(
+        args.source, args.out, dtype=args.dtype, adapter=args.adapter, shard_bytes=shard
+    )
+    say(f"{written.tensors} tensors ({written.bytes / 1e9:.2f} GB), {written.changed} of them "
+        f"changed by the adapter, written to {args.out} and verified")  # fmt: skip
+    return {"out": args.out, **written._asdict()}
+
+
+def _verify(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
+    from jaxtune import compare
+
+    try:
+        return compare.verify(args.a, args.b, args.prompt or compare.PROMPT)
+    except compare.Differs as error:
+        if args.json:
+            print(json.dumps(error.result))
+        raise
+
+
 def _data(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
     config = _config(args, overrides)
     from jaxtune.tuned import show_data
@@ -193,6 +218,15 @@ def _workdir(args: argparse.Namespace) -> str:
     if not args.workdir:
         raise ConfigError("no workdir", fix="--workdir=DIR, a folder for this run")
     return args.workdir
+
+
+def _bytes(text: str) -> int:
+    """Bytes of a size such as 5GB, 300MB or 4096."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|B)?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(f"--shard-size={text} is no size", fix="--shard-size=5GB")
+    unit = {"KB": 1e3, "MB": 1e6, "GB": 1e9}.get((match[2] or "B").upper(), 1)
+    return int(float(match[1]) * unit)
 
 
 def _lines(file: Path) -> list[str]:
@@ -248,6 +282,29 @@ _VERBS: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, dict[str, 
         | {
             "--format": {"choices": ("hf", "peft"), "default": "hf"},
             "--out": {"metavar": "DIR"},
+        },
+    ),
+    "convert": (
+        _convert,
+        "a checkpoint into a new folder: merge an adapter, another dtype, other files",
+        {
+            "source": {"metavar": "SRC", "help": "Hugging Face folder or hub id"},
+            "out": {"metavar": "DST", "help": "new folder"},
+            "--dtype": {
+                "choices": ("float32", "bfloat16", "float16"),
+                "help": "(default: the source's)",
+            },
+            "--adapter": {"metavar": "PATH", "help": "PEFT adapter folder or hub id to merge"},
+            "--shard-size": {"metavar": "SIZE", "help": "most of one file, such as 5GB"},
+        },
+    ),
+    "verify": (
+        _verify,
+        "two checkpoints, or an export and its run: tensor by tensor, and logits on a prompt",
+        {
+            "a": {"metavar": "A", "help": "Hugging Face folder, hub id, workdir or PEFT adapter"},
+            "b": {"metavar": "B", "help": "the same; exit code 65 where they differ"},
+            "--prompt": {"metavar": "TEXT", "help": "(default: a sentence)"},
         },
     ),
     "data": (_data, "what the model will see: masks, lengths, packing, rejects", _CONFIG),

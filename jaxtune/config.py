@@ -28,6 +28,9 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # frozen weights; trained are float32
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes, per layer
+    ignore: tuple[str, ...] = ()  # fields of config.json to disregard although they are unknown
+    # Weight of the experts' load balancing loss; None is the checkpoint's own, as in transformers
+    router_aux: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,11 @@ class LoraConfig:
     target_modules: str | tuple[str, ...] = "all-linear"  # PEFT: names, one regex, or all-linear
     layers_to_transform: tuple[int, ...] = ()  # layer numbers; empty is all
     modules_to_save: tuple[str, ...] = ()  # modules trained in full beside the adapters
+    # (pattern, value) of modules with their own rank or alpha; matched as PEFT: (.*\.)?(pattern)$
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
     use_rslora: bool = False  # arXiv 2312.03732
+    use_dora: bool = False  # trains each output's magnitude apart (arXiv 2402.09353)
     init: str = "default"  # or a PEFT adapter folder to go on from
     plus_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): learning rate of B over that of A
 
@@ -55,6 +62,7 @@ class DataConfig:
     completion_only: bool = True  # train on answers only; plain text is always trained in full
     template: str = ""  # jinja file, or plain or chatml: replaces the tokenizer's chat template
     too_long: Literal["drop", "cut", "split"] = "cut"  # rows over max_length; pretrain splits
+    labels: tuple[str, ...] = ()  # classes in order; empty takes the checkpoint's or the data's
     skip_bad_rows: int = 0  # unreadable rows to tolerate; 0 stops at the first
 
 
@@ -102,12 +110,13 @@ class CheckpointConfig:
 class MeshConfig:
     data: int = 1  # copies of the model
     fsdp: int = -1  # shards of weights and batch; -1 is all remaining devices
+    expert: int = 1  # shards of a mixture's experts; they share out the batch as fsdp does
     tensor: int = 1  # shards of each matrix
 
 
 @dataclass(frozen=True)
 class Config:
-    task: Literal["sft", "pretrain"] = "sft"
+    task: Literal["sft", "pretrain", "classify"] = "sft"
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -12,6 +12,7 @@ Letters: B rows, S slots, D model width, V vocabulary.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,27 +61,87 @@ def generate(
     """
     sampling = _Sampling(temperature, top_p, seed)
     _check(model, prompts, max_new_tokens, sampling, batch_size)
-    graphdef, params = tree.split(model)
     stops_K = np.unique(np.array([-1, *stop_ids], np.int32))
     stops_K = np.pad(stops_K, (0, -len(stops_K) % _STOPS), constant_values=-1)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like with like
+    limits = [r.original_max_position for r in model.config.ropes if r.kind == "longrope"]
+    texts = [_Text(i, list(prompt), max_new_tokens) for i, prompt in enumerate(prompts)]
+    if not limits:
+        return _continue(model, texts, stops_K, sampling, batch_size)
+    # LongRoPE turns all of a text otherwise once it passes a length, so what is cached up to there
+    # is of no use behind it (transformers drops its cache as well): two calls, each of one kind.
+    limit, results = limits[0], [[] for _ in texts]
+    short = [t._replace(count=min(t.count, limit + 1 - len(t.tokens)))
+             for t in texts if len(t.tokens) <= limit]  # fmt: skip
+    found = _continue(_turned(model, long=False), short, stops_K, sampling, batch_size)
+    ended = set()
+    for text, new in zip(short, found, strict=True):
+        results[text.number] = new
+        if len(new) < text.count or text.count == max_new_tokens:
+            ended.add(text.number)
+    rest = [
+        _Text(t.number + len(texts), t.tokens + results[t.number], t.count - len(results[t.number]))
+        for t in texts
+        if t.number not in ended
+    ]
+    found = _continue(_turned(model, long=True), rest, stops_K, sampling, batch_size)
+    for text, new in zip(rest, found, strict=True):
+        results[text.number - len(texts)] += new
+    return results
+
+
+class _Sampling(NamedTuple):
+    temperature: Any
+    top_p: Any
+    seed: Any
+
+
+class _Text(NamedTuple):
+    number: int  # what its draws are a function of
+    tokens: list[int]
+    count: int  # new tokens, at most
+
+
+def _turned(model: Decoder, *, long: bool) -> Decoder:
+    """The model with LongRoPE's short or its long factors at any length."""
+    ropes = tuple(
+        replace(rope, short_factor=factor, long_factor=factor)
+        for rope in model.config.ropes
+        for factor in [rope.long_factor if long else rope.short_factor]
+    )
+    copy: Decoder = tree.merge(*tree.split(model))
+    copy.config = replace(model.config, ropes=ropes)
+    return copy
+
+
+def _continue(
+    model: Decoder,
+    texts: Sequence[_Text],
+    stops_K: np.ndarray,
+    sampling: _Sampling,
+    batch_size: int,
+) -> list[list[int]]:
+    """The new tokens of each text, batch by batch."""
+    graphdef, params = tree.split(model)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].tokens))  # like with like
     rows = _rows(math.ceil(len(order) / max(math.ceil(len(order) / batch_size), 1)))
-    results: list[list[int]] = [[] for _ in prompts]
+    results: list[list[int]] = [[] for _ in texts]
     for first in range(0, len(order), rows):
         chosen = order[first : first + rows]
-        start = max(len(prompts[i]) for i in chosen)
-        tokens_BS = np.zeros((rows, _slots(start + max_new_tokens)), np.int32)
+        start = max(len(texts[i].tokens) for i in chosen)
+        count = max(texts[i].count for i in chosen)
+        tokens_BS = np.zeros((rows, _slots(start + count)), np.int32)
         lengths_B, numbers_B = np.zeros((2, rows), np.int32)
         for row, i in enumerate(chosen):
-            tokens_BS[row, start - len(prompts[i]) : start] = prompts[i]
-            lengths_B[row], numbers_B[row] = len(prompts[i]), i
+            number, tokens, _ = texts[i]
+            tokens_BS[row, start - len(tokens) : start] = tokens
+            lengths_B[row], numbers_B[row] = len(tokens), number
         request = _Request(
-            tokens_BS, lengths_B, numbers_B, start, max_new_tokens, stops_K, _traced(sampling)
+            tokens_BS, lengths_B, numbers_B, start, count, stops_K, _traced(sampling)
         )
-        out = _run(graphdef, temperature > 0, params, request)
+        out = _run(graphdef, sampling.temperature > 0, params, request)
         out_BS, ends_B = map(np.asarray, out)
         for row, i in enumerate(chosen):
-            results[i] = out_BS[row, start : ends_B[row]].tolist()
+            results[i] = out_BS[row, start : ends_B[row]].tolist()[: texts[i].count]
     return results
 
 
@@ -109,12 +170,6 @@ def complete(
         **options,
     )
     return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in out]
-
-
-class _Sampling(NamedTuple):
-    temperature: Any
-    top_p: Any
-    seed: Any
 
 
 class _Request(NamedTuple):
@@ -151,9 +206,7 @@ def _run(
     stop = request.start + request.count
 
     def pick(loop: _Loop) -> _Loop:
-        logits_BV = jnp.einsum(
-            "BD,VD->BV", loop.x_BD, model.head_VD, preferred_element_type=jnp.float32
-        )
+        logits_BV = model.logits(loop.x_BD[:, None])[:, 0]
         tokens_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         if sampled:
             now_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, loop.slot - request.start)

@@ -5,7 +5,8 @@ value never recompiles and a population of runs differs only in its state.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +23,33 @@ LORA_LR, FULL_LR = 2e-4, 2e-5  # defaults by method; LoRA wants about ten times 
 _GROUPS = (
     (r"\.lora\.A$", "adapter_a"),
     (r"\.lora\.B$", "adapter_b"),
-    (r"^embed_tokens\.", "embedding"),
-    (r"^lm_head\.", "head"),
+    (r"\.lora\.magnitude$", "adapter_magnitude"),
     (r"\.scale$", "norm"),
     (r"\.bias$", "bias"),
+    (r"^embed_(tokens|positions|types)\.", "embedding"),
+    (r"^(lm_head|score|classifier)\.", "head"),
     (r"\.kernel$", "kernel"),
+    (r"\.router\.weight$", "router"),
 )
-_NO_DECAY = {"norm", "bias"}
+# Decay of DoRA's magnitudes would shrink the base's own weights, as that of a norm would.
+_NO_DECAY = {"norm", "bias", "adapter_magnitude"}
 
 
-def labels(paths: Iterable[str], lora: LoraConfig, optim: OptimConfig) -> dict[str, str]:
+def labels(
+    paths: Iterable[str],
+    lora: LoraConfig,
+    optim: OptimConfig,
+    heads: Collection[str] = (),
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, str]:
     """{path of one layer's leaf: its optimizer group, or "frozen"}.
 
-    `optim.rules` come first; then LoRA trains adapters and modules_to_save, full fine-tuning all.
+    `optim.rules` come first; then LoRA trains adapters, modules_to_save and `heads`, full
+    fine-tuning all.
+
+    Args:
+      heads: paths of a classifier's leaves that are trained in full beside adapters.
+      names: {path: Hugging Face tensor}; modules_to_save go by these names, or ours.
 
     Raises:
       ConfigError: a rule that decides nothing, an unknown verb, a module to save that is not there,
@@ -44,16 +59,19 @@ def labels(paths: Iterable[str], lora: LoraConfig, optim: OptimConfig) -> dict[s
     for pattern, verb in optim.rules:
         if verb not in ("freeze", "train"):
             raise ConfigError(f"optim.rules {pattern!r} -> {verb!r}", fix="freeze or train")
-    saved = tuple((_module(name), "train") for name in lora.modules_to_save)
+    full = set(heads)
     for name in lora.modules_to_save:
-        if not any(re.search(_module(name), path) for path in paths):
-            names = sorted({path.split(".")[-2] for path in paths if ".lora." not in path})
+        saved = {p for p in paths if _in_module(name, p) or _in_module(name, names.get(p, ""))}
+        if not saved:
+            parts = sorted({path.split(".")[-2] for path in paths if ".lora." not in path})
             raise ConfigError(
                 f"lora.modules_to_save {name!r} is no module of this model",
-                fix=f"of {', '.join(names)} (a tied head is embed_tokens)",
+                fix=f"of {', '.join(parts)} (a tied head is embed_tokens)",
             )
+        full |= saved
     rest = ((r"\.lora\.", "train"), (".", "freeze")) if lora.r else ((".", "train"),)
-    verbs = tree.label(paths, optim.rules, (*saved, *rest))
+    exact = rf"^({'|'.join(map(re.escape, sorted(full)))})$"
+    verbs = tree.label(paths, optim.rules, ((exact, "train"), *rest))
     # The scale of an adapter is a constant, whatever a rule says.
     verbs |= {path: "freeze" for path in paths if path.endswith(".lora.scale")}
     groups = tree.label(paths, (), _GROUPS)
@@ -63,8 +81,8 @@ def labels(paths: Iterable[str], lora: LoraConfig, optim: OptimConfig) -> dict[s
     return result
 
 
-def _module(name: str) -> str:
-    return rf"(^|\.){re.escape(name)}\.(?!.*lora\.)"
+def _in_module(module: str, name: str) -> bool:
+    return ".lora." not in name and f".{module}." in f".{name}"
 
 
 def peak_lr(config: Config) -> float:

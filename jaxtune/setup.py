@@ -1,11 +1,12 @@
 """What a run starts from: its program, first state, frozen weights, and batches in place."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -13,26 +14,37 @@ from jaxtune import assemble, config, optim, sharding, tree
 from jaxtune.assemble import Assembly
 from jaxtune.config import Config
 from jaxtune.console import say
+from jaxtune.data.labels import Form, base_labels
 from jaxtune.data.packing import Batch
 from jaxtune.errors import ConfigError
 from jaxtune.hf import adapter, files
-from jaxtune.models.decoder import DecoderConfig
+from jaxtune.models.blocks import LayerConfig
+from jaxtune.models.encoder import EncoderConfig
+from jaxtune.objectives.classify import classify
 from jaxtune.objectives.sft import next_token
 from jaxtune.step import Program, TrainState, init_state
 
 CONFIG = "config.json"  # of a workdir
 
 
-def within_positions(config: Config, decoder: DecoderConfig) -> Config:
+def within_positions(config: Config, model: LayerConfig) -> Config:
     """The config with data.max_length no longer than the positions the model knows, said aloud."""
-    if config.data.max_length <= decoder.max_position:
+    if config.data.max_length <= model.max_position:
         return config
     say(
         f"data.max_length {config.data.max_length} is more than the model's "
-        f"{decoder.max_position} positions: rows are {decoder.max_position} tokens"
+        f"{model.max_position} positions: rows are {model.max_position} tokens"
     )
-    data = dataclasses.replace(config.data, max_length=decoder.max_position)
+    data = dataclasses.replace(config.data, max_length=model.max_position)
     return dataclasses.replace(config, data=data)
+
+
+def form(folder: Path, model: LayerConfig) -> Form:
+    """How the model wants rows with a class, and the classes its checkpoint knows."""
+    known = base_labels(files.read_json(folder / "config.json")) if model.num_labels else ()
+    if isinstance(model, EncoderConfig):
+        return Form("first", model.types > 1, known)
+    return Form("last", False, known)
 
 
 def program(config: Config, assembly: Assembly, steps: int) -> Program:
@@ -42,7 +54,7 @@ def program(config: Config, assembly: Assembly, steps: int) -> Program:
         graphdef=assembly.graphdef,
         optimizer=optim.make(config, groups, steps),
         schedule=config.optim.schedule,
-        objective=next_token,
+        objective=classify if config.task == "classify" else next_token,
         micro_batches=config.train.grad_accum,
         seed=config.train.seed,
         dropout=config.lora.dropout > 0,
@@ -58,14 +70,16 @@ def initial(
       ModelError, ConfigError: a base or an adapter that does not fit.
     """
     params = assemble.base(assembly) | assemble.fresh(config, assembly)
-    if config.lora.r and config.lora.init != "default":
+    if config.lora.r and config.lora.init == "default":
+        params |= magnitudes(config, params)
+    elif config.lora.r:
         wanted = {
             path: shape
             for path, shape in assembly.shapes.items()
-            if path in assembly.trained or path.endswith((".lora.A", ".lora.B"))
+            if path in assembly.trained or path.endswith((".lora.A", ".lora.B", ".lora.magnitude"))
         }
         folder = files.resolve(config.lora.init)
-        found = adapter.read_adapter(folder, assembly.family, config.lora, wanted)
+        found = adapter.read_adapter(folder, assembly.family, assembly.model, config.lora, wanted)
         params |= {path: jax.device_put(found[path], s.sharding) for path, s in wanted.items()}
     trainable, frozen = tree.partition(params, assembly.groups)
     # Counters of the optimizer are born on one device; a step wants everything on the mesh.
@@ -75,6 +89,24 @@ def initial(
         init_state(program, trainable),
     )
     return state, frozen
+
+
+def magnitudes(config: Config, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """{path of DoRA's magnitudes: lengths of the columns of the kernel beside them}, float32.
+
+    With these and B of zero a model is its base; the kernels are as the computation rounds them.
+    """
+    dtype = jnp.dtype(config.model.dtype)
+
+    def lengths(kernel: jax.Array) -> jax.Array:
+        squares = jnp.square(kernel.astype(dtype).astype(jnp.float32))
+        return jnp.sqrt(jnp.sum(squares, axis=-2))
+
+    return {
+        path: jax.jit(lengths, out_shardings=leaf.sharding)(leaves[f"{module}.kernel"])
+        for path, leaf in leaves.items()
+        if (module := path.removesuffix(".lora.magnitude")) != path
+    }
 
 
 def abstract(state: TrainState) -> TrainState:
@@ -88,7 +120,7 @@ def to_mesh(batches: Iterable[Batch], mesh: Mesh) -> Iterator[Batch]:
     """This host's rows -> global batches, cut over the batch axes of the mesh."""
     rows = NamedSharding(mesh, P(sharding.BATCH, None))
     for batch in batches:
-        yield Batch(*(jax.make_array_from_process_local_data(rows, x) for x in batch))
+        yield jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 
 
 def portable(config: Config) -> dict[str, Any]:
@@ -102,7 +134,9 @@ def portable(config: Config) -> dict[str, Any]:
     data = dataclasses.replace(
         config.data, train=absolute(config.data.train), eval=absolute(config.data.eval)
     )
-    return dataclasses.replace(config, model=model, data=data).to_dict()
+    init = config.lora.init if config.lora.init == "default" else absolute(config.lora.init)
+    lora = dataclasses.replace(config.lora, init=init)
+    return dataclasses.replace(config, model=model, data=data, lora=lora).to_dict()
 
 
 def read_config(workdir: Path) -> Config:

@@ -12,16 +12,22 @@ from jax.sharding import PartitionSpec as P
 from jaxtune.config import MeshConfig
 from jaxtune.errors import ConfigError
 
-BATCH = ("data", "fsdp")  # mesh axes that share out the rows of a batch
+BATCH = ("data", "fsdp", "expert")  # mesh axes that share out the rows of a batch
 
 # The vocabulary and every matrix are cut over fsdp; heads and mlp over tensor as well.
-_LOGICAL = {"vocab": "fsdp", "embed": "fsdp", "heads": "tensor", "mlp": "tensor"}
+_LOGICAL = {
+    "vocab": "fsdp",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "experts": "expert",
+}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh with axes data, fsdp, tensor; one of them may be -1 and takes the remaining devices."""
+    """Mesh with axes data, fsdp, expert, tensor; one may be -1 and takes the remaining devices."""
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    sizes = {name: getattr(config, name) for name in (*BATCH, "tensor")}
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(free) == 1 and known > 0:

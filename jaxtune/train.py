@@ -53,6 +53,7 @@ class Progress:
 class Ready(NamedTuple):
     """A run that is ready to step."""
 
+    config: Config  # with what the data decided: a classifier's classes
     assembly: Assembly
     program: Program
     mesh: Mesh
@@ -78,6 +79,7 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
     started = time.monotonic()
     with lock(workdir), Stop() as stop:
         ready = prepare(config, workdir)
+        config = ready.config
         state, progress, steps = ready.state, ready.progress, ready.steps
         first = int(state.step)
         _write_json(workdir / setup.CONFIG, setup.portable(config))
@@ -161,9 +163,13 @@ def prepare(config: Config, workdir: Path) -> Ready:
     mesh = sharding.make_mesh(config.mesh)
     _check_batch(config, mesh)
     assembly = assemble.assemble(config, folder, mesh)
-    config = setup.within_positions(config, assembly.decoder)
-    tokens = tokenizer.load_tokenizer(str(folder), assembly.decoder.vocab_size)
-    prepared = pipeline.prepare(config, tokens, say)
+    config = setup.within_positions(config, assembly.model)
+    tokens = tokenizer.load_tokenizer(str(folder), assembly.model.vocab_size)
+    prepared = pipeline.prepare(config, tokens, say, setup.form(folder, assembly.model))
+    if prepared.labels != config.data.labels:
+        data = dataclasses.replace(config.data, labels=prepared.labels)
+        config = dataclasses.replace(config, data=data)
+        assembly = assemble.assemble(config, folder, mesh)
     per_step = config.train.batch_size
     steps = config.train.steps or math.ceil(config.train.epochs * len(prepared.train) / per_step)
     if (warmup := optim.hyperparameters(config, steps)["warmup"]) >= steps:
@@ -187,6 +193,7 @@ def prepare(config: Config, workdir: Path) -> Ready:
     else:
         _say_size(config, assembly, steps, mesh)
     return Ready(
+        config=config,
         assembly=assembly,
         program=program,
         mesh=mesh,

@@ -1,7 +1,7 @@
 """A workdir, opened again: score it, write with it, export it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.table import Table
 
-from jaxtune import assemble, checkpoint, decoding, lora, setup, sharding, tree
+from jaxtune import assemble, checkpoint, decoding, setup, sharding, tree
 from jaxtune.assemble import Assembly
 from jaxtune.config import Config
 from jaxtune.console import say, stderr
@@ -18,11 +18,13 @@ from jaxtune.data import audit, pipeline, templates
 from jaxtune.errors import ConfigError, StorageError
 from jaxtune.hf import adapter as peft
 from jaxtune.hf import export as merged
-from jaxtune.hf import files, load
+from jaxtune.hf import files
 from jaxtune.hf import tokenizer as tokenizers
 from jaxtune.scoring import Score
 from jaxtune.scoring import evaluate as score
 from jaxtune.step import Program, jit_eval
+
+FORMATS = ("hf", "peft", "serve")
 
 
 class Tuned(NamedTuple):
@@ -65,7 +67,7 @@ def open_run(workdir: str | Path, step: int | None = None) -> Tuned:
         raise ConfigError(f"{workdir} holds no checkpoint yet", fix="jaxtune train in it first")
     for line in restored.skipped:
         say(f"skipped a damaged checkpoint: {line}")
-    tokenizer = tokenizers.load_tokenizer(str(folder), assembly.decoder.vocab_size)
+    tokenizer = tokenizers.load_tokenizer(str(folder), assembly.model.vocab_size)
     return Tuned(
         config,
         assembly,
@@ -103,11 +105,13 @@ def evaluate(
     """
     tuned = open_run(workdir, step)
     config = tuned.config
-    config = setup.within_positions(config, tuned.assembly.decoder)
+    config = setup.within_positions(config, tuned.assembly.model)
     if data is not None:
         only = dataclasses.replace(config.data, train=data, eval="", eval_fraction=0.0)
         config = dataclasses.replace(config, data=only)
-    prepared = pipeline.prepare(config, tuned.tokenizer, say)
+    prepared = pipeline.prepare(
+        config, tuned.tokenizer, say, setup.form(tuned.assembly.folder, tuned.assembly.model)
+    )
     rows = prepared.eval if data is None else prepared.train
     if rows is None:
         raise ConfigError("the run has no evaluation rows", fix="--data=FILE")
@@ -152,8 +156,14 @@ def generate(
     base: bool = False,
     step: int | None = None,
 ) -> list[str]:
-    """What the tuned model writes after each prompt; `chat` makes each a user's turn first."""
+    """What the tuned model writes after each prompt; `chat` makes each a user's turn first.
+
+    Raises:
+      ConfigError: the run trains a classifier.
+    """
     tuned = open_run(workdir, step)
+    if tuned.config.task == "classify":
+        raise ConfigError(f"{workdir} is a classifier, which writes no text", fix="jaxtune eval")
     turns = [[{"role": "user", "content": text}] if chat else text for text in prompts]
     with jax.set_mesh(tuned.mesh):
         return decoding.complete(
@@ -179,35 +189,67 @@ def _generation_config(folder: Path) -> dict[str, Any]:
 def export(
     workdir: str | Path, out: str | Path, *, format: str = "hf", step: int | None = None
 ) -> dict[str, Any]:
-    """Writes a Hugging Face folder: `hf` the merged model, `peft` the adapter. Read back to verify.
+    """Writes a Hugging Face folder, read back to verify.
+
+    Formats: `hf` the merged model; `peft` the adapter; `serve` the adapter where inference servers
+    take it, else the merged model. What PEFT cannot hold is merged as well, with a line why.
 
     Raises:
       ConfigError: an unknown format, `out` is not empty, or full fine-tuning asked for as peft.
       Failure: see `write_merged` and `write_adapter`; nothing is left in `out`.
     """
-    if format not in ("hf", "peft"):
-        raise ConfigError(f"format {format!r} is not known", fix="hf or peft")
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} is not known", fix=f"of {', '.join(FORMATS)}")
     tuned = open_run(workdir, step)
     config, assembly = tuned.config, tuned.assembly
     leaves = tuned.trainable | {
-        path: leaf for path, leaf in tuned.frozen.items() if path.endswith((".lora.A", ".lora.B"))
+        path: leaf
+        for path, leaf in tuned.frozen.items()
+        if ".lora." in path or path in assembly.new
     }
-    common = (Path(out), assembly.folder, assembly.family, assembly.decoder, jax.device_get(leaves))
+    format = _format(config, leaves, format)
+    common = (Path(out), assembly.folder, assembly.family, assembly.model, jax.device_get(leaves))
     if format == "hf":
-        scale = lora.scale(config.lora) if config.lora.r else 0.0
         template = (tuned.template or "") if config.data.template else ""
-        written = merged.write_merged(*common, scale=scale, chat_template=template)
+        written = merged.write_merged(
+            *common,
+            chat_template=template,
+            labels=config.data.labels,
+            pad_token=_pad_token(tuned.tokenizer) if config.data.labels else None,
+        )
     else:
         written = peft.write_adapter(*common, lora=config.lora, base_name=config.model.path)
     return {"format": format, "step": tuned.step, "out": str(out), **written._asdict()}
 
 
+def _pad_token(tokenizer: Any) -> int | None:
+    """What transformers may pad a classifier's rows with: it tells rows apart by this token."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return end if pad is None else pad
+
+
+def _format(config: Config, leaves: Mapping[str, Any], format: str) -> str:
+    """`hf` or `peft`: what is asked for, as far as the adapter can be had in it."""
+    if format == "hf" or config.lora.r == 0:
+        return "hf" if format == "serve" else format
+    refused = peft.refused_by_servers(config.lora, leaves)
+    if any(".experts." in path for path in leaves):
+        say(f"merged instead of {format}: {refused}, which PEFT's versions write differently")
+        return "hf"
+    if refused and format == "serve":
+        say(f"merged instead of an adapter: {refused}, which inference servers do not take")
+        return "hf"
+    if refused:
+        say(f"inference servers such as vLLM do not take this adapter: {refused}; --format=hf")
+    return "peft"
+
+
 def show_data(config: Config) -> dict[str, Any]:
     """Shows on stderr what the model will see; returns the same as JSON values."""
     folder = files.resolve(config.model.path)
-    decoder = load.read_config(folder)[1]
-    config = setup.within_positions(config, decoder)
-    tokenizer = tokenizers.load_tokenizer(str(folder), decoder.vocab_size)
-    prepared = pipeline.prepare(config, tokenizer, say)
+    _, model = assemble.describe(config, folder)
+    config = setup.within_positions(config, model)
+    tokenizer = tokenizers.load_tokenizer(str(folder), model.vocab_size)
+    prepared = pipeline.prepare(config, tokenizer, say, setup.form(folder, model))
     audit.show(prepared, tokenizer, stderr)
     return audit.as_json(prepared)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxtune.config import LoraConfig
 from jaxtune.errors import ConfigError, ModelError, NumericsError
-from jaxtune.hf.adapter import read_adapter, write_adapter
+from jaxtune.hf.adapter import open_adapter, read_adapter, refused_by_servers, write_adapter
 from jaxtune.hf.load import read_config
+from jaxtune.models.blocks import Experts
 from tests import tiny
 
 LORA = LoraConfig(r=3, alpha=6.0, dropout=0.1)
@@ -58,7 +60,11 @@ def folder(tmp_path, base) -> Path:
 
 
 def _read(folder: Path, base: Path, lora: LoraConfig = LORA, shapes=None):
-    return read_adapter(folder, read_config(base)[0], lora, TRAINED if shapes is None else shapes)
+    return read_adapter(folder, *read_config(base), lora, TRAINED if shapes is None else shapes)
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_tensors_have_pefts_names_and_orientation(folder):
@@ -186,6 +192,118 @@ def test_layers_may_be_stacked_otherwise_than_when_written(folder, base):
     np.testing.assert_array_equal(found["layers.1-2.self_attn.q_proj.lora.A"], wanted[1:])
 
 
+def _adapter(module: str, rank: int, **more: Any) -> dict[str, Any]:
+    """An adapter of [16, 16] in one layer, with all its leaves."""
+    rng = np.random.default_rng(rank)
+    leaves = {"A": rng.normal(size=(1, 16, rank)), "B": rng.normal(size=(1, rank, 16)), **more}
+    return {f"{module}.lora.{name}": np.asarray(v, np.float32) for name, v in leaves.items()}
+
+
+def test_ranks_and_alphas_of_their_own_are_written_and_read(base, tmp_path):
+    lora = LoraConfig(
+        r=3,
+        alpha=6.0,
+        rank_pattern=(("layers.2.self_attn.q_proj", 5), ("q_proj", 2)),  # in this order
+        alpha_pattern=(("o_proj", 1.5),),
+        use_rslora=True,
+    )
+    trained = {
+        **_adapter("layers.0-0.self_attn.q_proj", 2, scale=[6 / 2**0.5]),
+        **_adapter("layers.2-2.self_attn.q_proj", 5, scale=[6 / 5**0.5]),
+        **_adapter("layers.0-0.self_attn.o_proj", 3, scale=[1.5 / 3**0.5]),
+    }
+    _write(tmp_path / "out", base, trained, lora)
+    found = _settings(tmp_path / "out")
+    assert list(found["rank_pattern"].items()) == [("layers.2.self_attn.q_proj", 5), ("q_proj", 2)]
+    assert found["alpha_pattern"] == {"o_proj": 1.5}
+    opened = open_adapter(tmp_path / "out", *read_config(base))
+    assert opened.keys() == trained.keys()
+    for path, values in trained.items():
+        np.testing.assert_allclose(opened[path], values, rtol=1e-6)
+    shapes = {path: v for path, v in trained.items() if not path.endswith("scale")}
+    again = _read(tmp_path / "out", base, lora, shapes)
+    _write(tmp_path / "again", base, again, lora)
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "again")
+    other = LoraConfig(r=3, alpha=6.0, rank_pattern=(("q_proj", 2),), use_rslora=True)
+    with pytest.raises(ConfigError) as caught:
+        _read(tmp_path / "out", base, other, shapes)
+    assert (
+        'try: --config.lora.rank_pattern=\'[["layers.2.self_attn.q_proj", 5], ["q_proj", 2]]\' '
+        "--config.lora.alpha_pattern='[[\"o_proj\", 1.5]]'"
+    ) in caught.value.line()
+
+
+def test_what_gives_every_module_the_same_rank_and_scale_may_be_said_otherwise(folder, base):
+    other = LoraConfig(r=8, alpha=6.0, rank_pattern=(("self_attn.q_proj", 3),))
+    assert _read(folder, base, other).keys() == TRAINED.keys()
+
+
+def test_magnitudes_of_dora(base, tmp_path):
+    lora = LoraConfig(r=3, alpha=6.0, use_dora=True)
+    magnitude = np.arange(1, 49, dtype=np.float32).reshape(3, 16)
+    trained = TRAINED | {"layers.0-2.self_attn.q_proj.lora.magnitude": magnitude}
+    _write(tmp_path / "out", base, trained, lora)
+    assert _settings(tmp_path / "out")["use_dora"] is True
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    stored = load_file(file)
+    name = f"{PREFIX}model.layers.1.self_attn.q_proj.lora_magnitude_vector"
+    np.testing.assert_array_equal(stored[name], magnitude[1])
+    # Early files of peft end in .weight.
+    save_file({k + ".weight" * k.endswith("vector"): v for k, v in stored.items()}, file)
+    found = _read(tmp_path / "out", base, lora, trained)
+    np.testing.assert_array_equal(found["layers.0-2.self_attn.q_proj.lora.magnitude"], magnitude)
+    with pytest.raises(ConfigError, match=r"has use_dora True; .*--config.lora.use_dora=True"):
+        _read(tmp_path / "out", base)
+    del stored[name]
+    save_file(stored, file)
+    with pytest.raises(ModelError, match=r"rank 3 and without \['magnitude'\]"):
+        _read(tmp_path / "out", base, lora, trained)
+
+
+def test_a_new_head_of_a_classifier(base, tmp_path):
+    rows, config = read_config(base, num_labels=3)
+    score = np.arange(48, dtype=np.float32).reshape(16, 3)
+    trained = TRAINED | {"score.kernel": score}
+    out = tmp_path / "out"
+    write_adapter(out, base, rows, config, trained, lora=LORA, base_name="owner/model")
+    settings = _settings(out)
+    assert settings["task_type"] == "SEQ_CLS"
+    assert settings["modules_to_save"] == ["classifier", "score"]
+    found = load_file(out / "adapter_model.safetensors")
+    np.testing.assert_array_equal(found[f"{PREFIX}score.weight"], score.T)
+    assert "num_labels=3" in (out / "README.md").read_text()
+    again = read_adapter(out, rows, config, LORA, trained)
+    np.testing.assert_array_equal(again["score.kernel"], score)
+    # Whoever merges it need not know beforehand that it is a classifier.
+    np.testing.assert_array_equal(open_adapter(out, *read_config(base))["score.kernel"], score)
+
+
+def test_adapters_of_experts_are_not_for_peft(base, tmp_path):
+    rows, config = read_config(base)
+    config = dataclasses.replace(config, experts=Experts(4, 2, 24, True))
+    out = tmp_path / "out"
+    write_adapter(out, base, rows, config, TRAINED, lora=LORA, base_name="owner/model")
+    for module in ("experts.up_proj.lora.A", "up_proj.lora.A", "router.weight"):
+        trained = TRAINED | {f"layers.0-2.mlp.{module}": np.ones((3, 4, 16, 3))}
+        with pytest.raises(ConfigError, match=rf"mlp\.{module} .*try: --format=hf"):
+            write_adapter(out, base, rows, config, trained, lora=LORA, base_name="owner/model")
+
+
+@pytest.mark.parametrize(
+    ("lora", "extra", "reason"),
+    [
+        (LORA, (), None),
+        (LoraConfig(use_dora=True), (), "it is DoRA"),
+        (LORA, ("layers.0-2.mlp.experts.up_proj.lora.A",), "it has adapters of experts"),
+        (LORA, ("lm_head.embedding",), "modules are trained in full (lm_head)"),
+        (LORA, ("score.kernel",), "modules are trained in full (score)"),
+        (LoraConfig(rank_pattern=(("q_proj", 2),)), (), "ranks or alphas differ between modules"),
+    ],
+)
+def test_what_servers_refuse(lora, extra, reason):
+    assert refused_by_servers(lora, [*TRAINED, *extra]) == reason
+
+
 def test_half_precision_adapters_are_read_as_float32(folder, base):
     file = folder / "adapter_model.safetensors"
     half = {name: values.astype(ml_dtypes.bfloat16) for name, values in load_file(file).items()}
@@ -210,11 +328,44 @@ def test_both_ends_of_a_tied_model_are_one_leaf(tmp_path):
     )
 
 
+def _save(folder: Path, **tensors: np.ndarray) -> None:
+    """Adds tensors to an adapter's file."""
+    file = folder / "adapter_model.safetensors"
+    named = {PREFIX + name: values for name, values in tensors.items()}
+    save_file(load_file(file) | named, file)
+
+
+def test_ends_of_a_tied_matrix_that_went_apart_are_refused(tmp_path):
+    base, out = tiny.write(tmp_path / "base", tie_word_embeddings=True), tmp_path / "out"
+    _write(out, base)
+    ones, embedding = np.ones((64, 16), np.float32), "model.embed_tokens.weight"
+    wanted = TRAINED | {"embed_tokens.embedding": ones}
+    # peft's save_embedding_layers: the base's own matrix, of both ends
+    _save(out, **{embedding: ones})
+    np.testing.assert_array_equal(
+        _read(out, base, shapes=wanted)["embed_tokens.embedding"], ones
+    )  # fmt: skip
+    _save(out, **{"lm_head.weight": ones})
+    assert _read(out, base, shapes=wanted).keys() == wanted.keys()
+    _save(out, **{"lm_head.weight": 2 * ones})
+    with pytest.raises(ModelError, match=r"one end of .* tied embedding apart"):
+        _read(out, base, shapes=wanted)
+    # modules_to_save of one end: peft leaves the other as it was
+    _write(tmp_path / "one", base)
+    _save(tmp_path / "one", **{embedding: ones})
+    _change(tmp_path / "one", modules_to_save=["embed_tokens"])
+    with pytest.raises(ModelError, match=r"one end of .* tied embedding apart"):
+        _read(tmp_path / "one", base, shapes=wanted)
+
+
 @pytest.mark.parametrize(
     ("lora", "words"),
     [
         (LoraConfig(r=4, alpha=6.0), r"has r 3; this run has r 4; try: --config.lora.r=3"),
-        (LoraConfig(r=3, alpha=8.0), r"has alpha 6; this run has alpha 8.0"),
+        (
+            LoraConfig(r=3, alpha=8.0),
+            r"has alpha 6.0; this run has alpha 8.0; try: --config.lora.alpha=6$",
+        ),
         (LoraConfig(r=3, alpha=6.0, use_rslora=True), r"has use_rslora False; .* use_rslora True"),
     ],
 )
@@ -241,22 +392,56 @@ def test_other_modules_are_refused_and_both_sides_named(folder, base):
     ("key", "value"),
     [
         ("peft_type", "LOHA"),
-        ("use_dora", True),
         ("bias", "all"),
-        ("rank_pattern", {"q_proj": 2}),
+        ("lora_bias", True),
         ("init_lora_weights", "pissa_niter_4"),
         ("target_parameters", ["experts.down_proj"]),
+        ("trainable_token_indices", [1, 2]),
+        ("layer_replication", [[0, 2]]),
+        ("a_setting_of_tomorrow", 0.5),
     ],
 )
-def test_more_than_plain_lora_is_refused(folder, base, key, value):
+def test_settings_that_mean_something_else_are_refused(folder, base, key, value):
     _change(folder, **{key: value})
-    with pytest.raises(ModelError, match=f"has {key} .* not plain LoRA"):
+    with pytest.raises(ModelError, match=f"has {key} .* cannot express"):
         _read(folder, base)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"r": "many"}, {"rank_pattern": ["q_proj"]}, {"alpha_pattern": {"(": 2}}, {"r": None}],
+)
+def test_damaged_settings_are_refused(folder, base, settings):
+    _change(folder, **settings)
+    with pytest.raises(ModelError, match=r"adapter_config.json is damaged"):
+        _read(folder, base)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.lora_embedding_A",
+        "lm_head.lora_A.weight",
+        "model.layers.3.self_attn.q_proj.lora_A.weight",  # of a deeper base
+        "model.layers.0.self_attn.q_proj.lora_B.bias",
+        "model.vision.q_proj.weight",
+    ],
+)
+def test_tensors_that_we_cannot_place_are_named(folder, base, name):
+    _save(folder, **{name: np.ones((3, 16), np.float32)})
+    with pytest.raises(ModelError, match=f"no module, of this base: {PREFIX}{name}"):
+        _read(folder, base)
+
+
+def test_a_rank_that_is_not_the_configs_is_refused(folder, base):
+    _change(folder, r=4)
+    with pytest.raises(ModelError, match=r"q_proj with rank 3 .* says rank 4"):
+        _read(folder, base, LoraConfig(r=4, alpha=6.0))
 
 
 def test_an_adapter_of_a_wider_model_is_refused(folder, base):
     wide = {path: np.empty((3, 32, 3) if path.endswith("A") else (3, 3, 16)) for path in TRAINED}
-    with pytest.raises(ModelError, match=r"lora_A.weight \[3, 16\], the run \[3, 32\]"):
+    with pytest.raises(ModelError, match=r"lora_A.weight as \[3, 16, 3\], the run as \[3, 32, 3\]"):
         _read(folder, base, shapes=wide)
 
 

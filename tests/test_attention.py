@@ -38,12 +38,20 @@ def inputs(rows: int, length: int, heads: int, kv_heads: int, width: int = 8):
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def plain(q, k, v, segments):
+def plain(q, k, v, segments, softcap=0.0, window=0, causal=True):
     """The same by repeated heads, a [T, T] mask and jax.nn.softmax."""
     groups, length = q.shape[2] // k.shape[2], q.shape[1]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-    mask = np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None])
-    scores = jnp.where(mask[:, None], SCALE * jnp.einsum("btnh,bsnh->bnts", q, k), -jnp.inf)
+    distance = np.arange(length)[:, None] - np.arange(length)
+    mask = segments[:, :, None] == segments[:, None]
+    if causal:
+        mask = mask & (distance >= 0) & (distance < (window or length))
+    else:
+        mask = mask & (np.abs(distance) <= (window or length))
+    scores = SCALE * jnp.einsum("btnh,bsnh->bnts", q, k)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, None], scores, -jnp.inf)
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
 
 
@@ -54,9 +62,9 @@ def values_and_gradients(function, q, k, v, cotangent, segments):
     return out, *back(cotangent)
 
 
-@jax.jit
-def ours(q, k, v, segments):
-    return attention(q, k, v, segments, segments, 0, scale=SCALE)
+@partial(jax.jit, static_argnames=("softcap", "window", "causal"))
+def ours(q, k, v, segments, **rules):
+    return attention(q, k, v, segments, segments, 0, scale=SCALE, **rules)
 
 
 def assert_close(found, expected, tolerance: float = 2e-5):
@@ -106,12 +114,101 @@ def test_documents_do_not_see_each_other_or_the_future():
     assert (differs.min(), differs.max()) == (40, 89)
 
 
+def key_blocks(rows, window: int = 0, causal: bool = True) -> list[tuple[int, int]]:
+    """(first, last) key block of each block of 64 queries."""
+    rules, reach = module._Rules(SCALE, 0.0, causal), module._reach(window, causal)
+    first, stop = module._key_blocks(jnp.asarray(rows), reach, rules, 64)
+    return list(zip(first.tolist(), (stop - 1).tolist(), strict=True))
+
+
 def test_blocks_without_a_common_segment_are_skipped():
     rows = segments([[64, 100, 92], [128, 64]], 256)
     # Blocks of the rows: [1, 2, 2+3, 3] and [1, 1, 2, padding].
-    assert module._first_blocks(jnp.asarray(rows[:1]), 64).tolist() == [0, 1, 1, 2]
-    assert module._first_blocks(jnp.asarray(rows[1:]), 64).tolist() == [0, 0, 2, 3]
-    assert module._first_blocks(jnp.asarray(rows), 64).tolist() == [0, 0, 1, 2]
+    assert key_blocks(rows[:1]) == [(0, 0), (1, 1), (1, 2), (2, 3)]
+    assert key_blocks(rows[1:]) == [(0, 0), (0, 1), (2, 2), (3, 3)]
+    assert key_blocks(rows) == [(0, 0), (0, 1), (1, 2), (2, 3)]
+    assert key_blocks(rows[:1], causal=False) == [(0, 0), (1, 2), (1, 3), (2, 3)]
+    assert key_blocks(rows[1:], causal=False) == [(0, 1), (0, 1), (2, 2), (3, 3)]
+
+
+def test_blocks_outside_the_window_are_skipped():
+    row = np.ones((1, 256), np.int32)
+    assert key_blocks(row, window=1) == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert key_blocks(row, window=65) == [(0, 0), (0, 1), (1, 2), (2, 3)]
+    assert key_blocks(row, window=66) == [(0, 0), (0, 1), (0, 2), (1, 3)]
+    assert key_blocks(row, window=1, causal=False) == [(0, 1), (0, 2), (1, 3), (2, 3)]
+    assert key_blocks(row, window=65, causal=False) == [(0, 2), (0, 3), (0, 3), (1, 3)]
+    packed = segments([[64, 100, 92]], 256)
+    assert key_blocks(packed, window=66) == [(0, 0), (1, 1), (1, 2), (2, 3)]
+
+
+RULES = {
+    "window": {"window": 7},
+    "window of a block": {"window": 64},
+    "wider window": {"window": 100},
+    "window longer than the text": {"window": 500},
+    "cap": {"softcap": 0.7},
+    "cap and window": {"softcap": 0.7, "window": 70},
+    "both ways": {"causal": False},
+    "both ways with a window": {"causal": False, "window": 9},
+    "both ways, window, cap": {"causal": False, "window": 64, "softcap": 0.7},
+}
+PADDED_LEFT = np.array([[0] * 75 + [1] * 55, [0] * 3 + [1] * 90 + [2] * 37], np.int32)
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_rules(rules):
+    theirs, found = partial(plain, **rules), partial(ours, **rules)
+    for numbers, kv_heads in [
+        (segments(DOCUMENTS["one document"], 130), 1),
+        (segments(DOCUMENTS["packed with padding"], 130), 2),
+        (PADDED_LEFT, 1),
+    ]:
+        given = inputs(2, 130, 4, kv_heads)
+        assert_close(
+            values_and_gradients(found, *given, numbers),
+            values_and_gradients(theirs, *given, numbers),
+        )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_that_differs_by_layer(causal):
+    """Traced, scanned and checkpointed, as a decoder runs it; 0 among windows is none."""
+    q, k, v, cotangent = inputs(2, 130, 4, 2)
+    numbers, windows = jnp.asarray(segments(DOCUMENTS["packed"], 130)), [0, 5, 80]
+
+    @jax.jit
+    def scanned(q, k, v):
+        @jax.checkpoint
+        def layer(x, window):
+            rules = {"window": window, "softcap": 2.0, "causal": causal}
+            return x + attention(x, k, v, numbers, numbers, 0, scale=SCALE, **rules), None
+
+        return jnp.sum(cotangent * jax.lax.scan(layer, q, jnp.array(windows))[0])
+
+    def one_by_one(q, k, v):
+        for window in windows:
+            q = q + plain(q, k, v, numbers, 2.0, window, causal)
+        return jnp.sum(cotangent * q)
+
+    assert_close(
+        jax.grad(scanned, (0, 1, 2))(q, k, v), jax.grad(one_by_one, (0, 1, 2))(q, k, v), 1e-4
+    )
+
+
+def test_no_rule_costs_nothing():
+    """Neither a cap nor a window that is off leaves a trace in the program."""
+    given, numbers = inputs(1, 130, 2, 1), segments([[130]], 130)
+
+    def program(**rules) -> str:
+        return str(
+            jax.make_jaxpr(partial(values_and_gradients, partial(ours, **rules)))(*given, numbers)
+        )
+
+    assert "tanh" not in program()
+    assert "abs" not in program()
+    assert "tanh" in program(softcap=2.0)
+    assert "abs" in program(window=3)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +218,7 @@ def test_blocks_without_a_common_segment_are_skipped():
         (MeshConfig(data=2, fsdp=4), 1),
         (MeshConfig(data=2, fsdp=2, tensor=2), 2),
         (MeshConfig(data=2, fsdp=2, tensor=2), 1),  # one head does not split over two devices
+        (MeshConfig(fsdp=2, expert=2, tensor=2), 2),
     ],
 )
 def test_sharded(mesh, kv_heads):
@@ -129,6 +227,22 @@ def test_sharded(mesh, kv_heads):
     expected = values_and_gradients(plain, *given, numbers)
     with jax.set_mesh(sharding.make_mesh(mesh)):
         assert_close(values_and_gradients(ours, *given, numbers), expected)
+
+
+@pytest.mark.parametrize("rules", [RULES["cap and window"], RULES["both ways with a window"]])
+def test_rules_sharded(rules):
+    given = inputs(8, 100, 4, 2)
+    numbers = segments([[30 + 5 * row, 20] for row in range(8)], 100)
+    expected = values_and_gradients(partial(plain, **rules), *given, numbers)
+
+    def traced(q, k, v, segments, window):
+        given = {**rules, "window": window}
+        return attention(q, k, v, segments, segments, 0, scale=SCALE, **given)
+
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        assert_close(values_and_gradients(partial(ours, **rules), *given, numbers), expected)
+        window = jnp.asarray(rules["window"], jnp.int32)
+        assert_close([jax.jit(traced)(*given[:3], numbers, window)], expected[:1])
 
 
 def test_a_batch_that_the_mesh_does_not_divide():
@@ -158,16 +272,18 @@ def test_under_vmap_scan_and_checkpoint():
 def test_bfloat16_stays_near_float32():
     given, numbers = inputs(2, 130, 4, 2), segments(DOCUMENTS["packed"], 130)
     small = [x.astype(jnp.bfloat16) for x in given]
-    found = values_and_gradients(ours, *small, numbers)
+    rules = RULES["cap and window"]
+    found = values_and_gradients(partial(ours, **rules), *small, numbers)
     assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
-    expected = values_and_gradients(plain, *given, numbers)
+    expected = values_and_gradients(partial(plain, **rules), *given, numbers)
     assert_close([x.astype(jnp.float32) for x in found], expected, tolerance=0.06)
 
 
-def test_a_cache_gives_what_the_whole_text_gives():
+@pytest.mark.parametrize("rules", [{}, {"window": 6}, {"softcap": 0.7, "window": 3}])
+def test_a_cache_gives_what_the_whole_text_gives(rules):
     q, k, v, _ = inputs(2, 20, 4, 2)
     numbers = segments([[20], [8, 12]], 20)
-    whole = ours(q, k, v, numbers)
-    decode = jax.jit(partial(attention, scale=SCALE))
+    whole = ours(q, k, v, numbers, **rules)
+    decode = jax.jit(partial(attention, scale=SCALE, **rules))
     tail = decode(q[:, 15:], k, v, numbers[:, 15:], numbers, jnp.asarray(15, jnp.int32))
     assert_close([tail], [whole[:, 15:]])

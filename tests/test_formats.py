@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtune.data.formats import Source, parse_sources, read
+from jaxtune.data.formats import LABELLED, Source, parse_sources, read
 from jaxtune.data.readers import BadRow, Row
 from jaxtune.errors import DataError
 
@@ -116,6 +116,26 @@ def test_a_folder_is_read_file_by_file_in_order(tmp_path):
 def test_rows_are_recognised_by_columns(tmp_path, row, kind):
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     assert read(Source(str(tmp_path / "a.jsonl"))).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"text": "t", "label": 1, "messages": []}, "labelled_text"),
+        ({"sentence": "t", "label": 1}, "labelled_sentence"),
+        ({"text": "t", "text_pair": "u", "label": 1}, "text_pair"),
+        ({"question": "q", "sentence": "s", "label": 1}, "question_sentence"),
+        ({"premise": "p", "hypothesis": "h", "label": 1}, "premise_hypothesis"),
+    ],
+)
+def test_rows_with_a_class_are_recognised_when_classes_are_asked_for(tmp_path, row, kind):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    table = read(Source(str(tmp_path / "a.jsonl")), LABELLED)
+    assert (table.kind, table.columns[-1]) == (kind, "label")
+    entry = {"path": str(tmp_path / "a.jsonl"), "format": kind}
+    assert parse_sources((entry,), "train", LABELLED)[0].format == kind
+    with pytest.raises(DataError, match="format"):
+        parse_sources((entry,), "train")
 
 
 def test_columns_name_map_nest_number_and_fill_in(tmp_path):

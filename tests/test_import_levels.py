@@ -15,8 +15,9 @@ LEVELS = {
     "checkpoint": 5, "metrics": 5, "decoding": 5, "workdir": 5, "setup": 5,
     "scoring": 6,
     "train": 7, "tuned": 7,
-    "cli": 8,
-    "demo": 9, "__init__": 9,
+    "compare": 8,
+    "cli": 9,
+    "demo": 10, "__init__": 10,
 }  # fmt: skip
 # Level 0 modules build on each other in this order.
 GROUND = ["errors", "config", "console", "tree", "sharding", "digest"]

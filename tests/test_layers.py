@@ -7,7 +7,7 @@ import pytest
 
 from jaxtune import sharding
 from jaxtune.config import MeshConfig
-from jaxtune.models.layers import low_rank
+from jaxtune.models.adapter import low_rank
 
 ROWS, LENGTH, WIDTH, RANK = 8, 20, 32, 3
 

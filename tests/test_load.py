@@ -123,6 +123,180 @@ def test_cut_over_devices_and_cast_it_holds_the_same_numbers(tmp_path, mesh):
         np.testing.assert_array_equal(found[path], leaf.astype(jnp.bfloat16), err_msg=path)
 
 
+@pytest.mark.parametrize("wanted", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=4, tensor=2)])
+def test_large_tensors_are_turned_and_cast_piece_by_piece(
+    tmp_path, monkeypatch, stored, wanted, mesh
+):
+    """Pieces of 4 KB, the last of which reaches back over the one before it."""
+    monkeypatch.setattr(load, "_CHUNK", 4096)
+    sizes = {"vocab_size": 72, "hidden_size": 64, "intermediate_size": 88}
+    folder = tiny.write(tmp_path, **sizes)
+    rewrite(folder, lambda t: t.update({n: a.astype(jnp.dtype(stored)) for n, a in t.items()}))
+    values = {name: tensor.read() for name, tensor in files.tensors(folder).items()}
+    rows, config = load.read_config(folder)
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=wanted))
+    _, shapes = tree.split(model)
+    places = sharding.param_shardings(shapes, tree.axes(model), sharding.make_mesh(mesh))
+    shapes = {p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=places[p])
+              for p, s in shapes.items()}  # fmt: skip
+    for path, leaf in load.load_params(folder, rows, config, shapes).items():
+        assert leaf.dtype == wanted
+        for index, name in rows.slots(path, config):
+            tensor = values[name].T if rows.turned(path) else values[name]
+            np.testing.assert_array_equal(
+                np.asarray(leaf)[index], tensor.astype(wanted), err_msg=name
+            )
+
+
+def test_devices_read_their_own_slices_only(tmp_path, monkeypatch):
+    folder = tiny.write(tmp_path, vocab_size=64, hidden_size=64, intermediate_size=64)
+    rows, config = load.read_config(folder)
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    _, shapes = tree.split(model)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
+    places = sharding.param_shardings(shapes, tree.axes(model), mesh)
+    path = "layers.0-2.self_attn.q_proj.kernel"
+    assert places[path].spec == P(None, "fsdp", "tensor")
+    shapes = {p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=places[p])
+              for p, s in shapes.items()}  # fmt: skip
+    read: dict[int, int] = {}
+    fill = files.Tensor._fill
+
+    def counting(tensor, file, at, raw):
+        read[tensor.start] = read.get(tensor.start, 0) + len(raw)
+        fill(tensor, file, at, raw)
+
+    monkeypatch.setattr(files.Tensor, "_fill", counting)
+    load.load_params(folder, rows, config, shapes)
+    stored = files.tensors(folder)
+    for _, name in rows.slots(path, config):
+        # Each of the eight devices has an eighth, and what is read once is a whole.
+        assert read[stored[name].start] == stored[name].bytes
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_gpt2_is_stored_inputs_first_and_with_or_without_its_prefix(tmp_path, prefix):
+    hf = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
+    stored = tiny.tensors(hf)
+    named = {name.replace("transformer.", prefix, 1): array for name, array in stored.items()}
+    named[f"{prefix}h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    save_file(named, tmp_path / "model.safetensors")
+    _, params = tree.split(load.load_model(str(tmp_path)))
+    up = params["layers.0-1.mlp.up_proj.kernel"]
+    np.testing.assert_array_equal(up[1], stored["transformer.h.1.mlp.c_fc.weight"])
+
+
+def test_experts_are_stacked_by_layer_and_number(tmp_path):
+    hf = tiny.SIZES | {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 3}
+    stored = tiny.tensors(hf)
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    save_file(stored, tmp_path / "model.safetensors")
+    _, params = tree.split(load.load_model(str(tmp_path)))
+    down = params["layers.0-1.mlp.experts.down_proj.kernel"]
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    np.testing.assert_array_equal(down[1, 2], stored[name].T)
+
+
+def _classifier(folder, **changes):
+    architectures = ["LlamaForSequenceClassification"]
+    return tiny.write(folder, architectures=architectures, **changes)
+
+
+def test_a_classifier_gets_a_fresh_head_and_is_told(tmp_path, capsys):
+    folder = _classifier(tmp_path, id2label={"0": "a", "1": "b", "2": "c"})
+    head = tiny.tensors(json.loads((folder / "config.json").read_text()))["score.weight"]
+    _, params = tree.split(load.load_model(str(folder)))
+    np.testing.assert_array_equal(params["score.kernel"], head.T)
+    assert capsys.readouterr().err == ""
+
+    def change(tensors):
+        del tensors["score.weight"]
+        tensors["lm_head.weight"] = np.zeros((64, 16), np.float32)  # which it does without
+
+    rewrite(folder, change)
+    models = [tree.split(load.load_model(str(folder)))[1] for _ in range(2)]
+    assert "score.kernel" in capsys.readouterr().err
+    assert models[0]["score.kernel"].shape == (16, 3)
+    assert 0 < np.abs(models[0]["score.kernel"]).max() < 0.2
+    np.testing.assert_array_equal(models[0]["score.kernel"], models[1]["score.kernel"])
+
+
+def test_a_classifier_is_no_language_model(tmp_path):
+    folder = _classifier(tmp_path)
+    rows, config = load.read_config(folder, num_labels=0)
+    _, shapes = tree.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    assert load.missing_heads(folder, rows, config, shapes) == frozenset()
+    with pytest.raises(ModelError, match=r"1 missing \(lm_head.weight\).*classifier"):
+        load.load_params(folder, rows, config, shapes)
+
+
+def test_half_a_head_is_an_error(tmp_path):
+    hf = {"model_type": "roberta", "architectures": ["RobertaForSequenceClassification"]}
+    hf |= {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    hf |= {"num_attention_heads": 2, "max_position_embeddings": 34, "type_vocab_size": 1}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    rows, config = load.read_config(tmp_path)
+    module = load.module_of(config)
+    _, shapes = tree.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
+    stored = {}
+    for path, leaf in shapes.items():
+        for index, name in rows.slots(path, config):
+            shape = leaf.shape[len(index) :]
+            stored[name] = np.zeros(shape[::-1] if rows.turned(path) else shape, np.float32)
+    heads = {name for name in stored if name.startswith("classifier.out_proj")}
+    assert len(heads) == 2
+    body = {name: array for name, array in stored.items() if name not in heads}
+    save_file(body, tmp_path / "model.safetensors")
+    missing = load.missing_heads(tmp_path, rows, config, shapes)
+    assert missing == {"classifier.kernel", "classifier.bias"}
+    half = body | {"classifier.out_proj.bias": stored["classifier.out_proj.bias"]}
+    save_file(half, tmp_path / "model.safetensors")
+    assert load.missing_heads(tmp_path, rows, config, shapes) == frozenset()
+    with pytest.raises(ModelError, match=r"1 missing \(classifier.out_proj.weight\)"):
+        load.load_params(tmp_path, rows, config, shapes)
+
+
+def test_a_vision_tower_is_left_alone(tmp_path):
+    text = {
+        key: value for key, value in tiny.SIZES.items() if "tie" not in key and "torch" not in key
+    }
+    text |= {"model_type": "gemma3_text", "head_dim": 4}
+    text.pop("architectures")
+    hf = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    stored = {
+        name.replace("model.language_model.", "language_model.model.", 1): array
+        for name, array in tiny.tensors(hf).items()
+    }
+    stored["vision_tower.patch.weight"] = np.zeros((2, 2), np.float32)
+    save_file(stored, tmp_path / "model.safetensors")
+    _, params = tree.split(load.load_model(str(tmp_path)))
+    np.testing.assert_array_equal(
+        params["embed_tokens.embedding"], stored["language_model.model.embed_tokens.weight"]
+    )
+
+
+def test_a_shard_that_is_cut_short_is_named(tmp_path):
+    folder = tiny.write(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        save_file({n: tensors[n] for n, f in weight_map.items() if f == file}, folder / file)
+    (folder / files.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    whole = files.tensors(folder)
+    shard = folder / "model-1.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"model-1\.safetensors has \d+ bytes"):
+        load.load_model(str(folder))
+    last = max((t for t in whole.values() if t.file == shard), key=lambda t: t.start)
+    with pytest.raises(ModelError, match=r"model-1\.safetensors ends early"):
+        last.read()  # cut after its header was read
+
+
 def test_names_in_an_index_stay_in_the_folder(tmp_path):
     folder = tiny.write(tmp_path / "base")
     (tmp_path / "outside.safetensors").write_bytes((folder / "model.safetensors").read_bytes())

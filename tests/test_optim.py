@@ -54,6 +54,59 @@ def test_modules_to_save_and_rules():
     }  # fmt: skip
 
 
+HEADS = ["head.dense.kernel", "head.dense.bias", "classifier.kernel", "classifier.bias"]
+
+
+def test_modules_to_save_go_by_hugging_faces_names_too():
+    paths = ["embed_tokens.embedding", "norm.scale", "norm.bias", *ADAPTERS[:1]]
+    names = dict(
+        zip(
+            paths,
+            [f"transformer.{n}" for n in ("wte.weight", "ln_f.weight", "ln_f.bias", "-")],
+            strict=True,
+        )
+    )
+    for saved in (("wte", "transformer.ln_f"), ("embed_tokens", "norm")):
+        lora = LoraConfig(modules_to_save=saved)
+        assert optim.labels(paths, lora, OptimConfig(), names=names) == dict(
+            zip(paths, ["embedding", "norm", "bias", "adapter_a"], strict=True)
+        )
+
+
+def test_heads_are_trained_beside_adapters_unless_a_rule_freezes_them():
+    paths = [*HEADS, "layers.0.mlp.router.weight", *ADAPTERS]
+    groups = ["kernel", "bias", "head", "bias"]
+    for heads in (HEADS, HEADS[2:]):
+        found = optim.labels(paths, LoraConfig(), OptimConfig(), heads=heads)
+        assert {p: g for p, g in found.items() if g != "frozen" and ".lora." not in p} == {
+            p: g for p, g in zip(HEADS, groups, strict=True) if p in heads
+        }
+        assert found[ADAPTERS[0]] == "adapter_a"
+    rules = OptimConfig(rules=((r"^head\.", "freeze"),))
+    found = optim.labels(paths, LoraConfig(), rules, heads=HEADS)
+    assert [found[path] for path in HEADS] == ["frozen", "frozen", "head", "bias"]
+
+
+def test_every_leaf_of_every_model_has_a_group():
+    paths = [
+        *PATHS, *HEADS, "embed_positions.embedding", "embed_types.embedding", "embed_norm.scale",
+        "embed_norm.bias", "score.kernel", "layers.0.mlp.router.weight",
+        "layers.0.mlp.experts.up_proj.kernel",
+    ]  # fmt: skip
+    found = optim.labels(paths, LoraConfig(r=0), OptimConfig())
+    assert found["embed_positions.embedding"] == found["embed_types.embedding"] == "embedding"
+    assert found["embed_norm.scale"] == "norm"
+    assert found["embed_norm.bias"] == "bias"
+    assert found["score.kernel"] == "head"
+    assert found["layers.0.mlp.router.weight"] == "router"
+    assert found["layers.0.mlp.experts.up_proj.kernel"] == "kernel"
+
+
+def test_magnitudes_are_trained_and_scales_are_not():
+    leaves = [f"layers.0.self_attn.q_proj.lora.{leaf}" for leaf in ("magnitude", "scale")]
+    assert trained(PATHS + leaves) == {leaves[0]: "adapter_magnitude"}
+
+
 def test_freezing_the_first_layers_of_a_full_run():
     rules = ((r"^layers\.0\.|^embed_tokens", "freeze"),)
     assert list(trained(PATHS, LoraConfig(r=0), rules=rules)) == PATHS[4:]
@@ -176,6 +229,19 @@ def test_muon_makes_each_layer_of_a_kernel_orthogonal():
     assert singular.shape == (2, 4)
     assert (singular > 0.05).all()
     assert (singular < 0.13).all()
+
+
+def test_muon_takes_every_expert_for_a_matrix_of_its_own():
+    grads = {"w": jax.random.normal(jax.random.key(0), (2, 3, 4, 4))}
+    params = {"w": jnp.zeros((2, 3, 4, 4))}
+    tx = optim.make(make(**CONSTANT, optim__name="muon"), {"w": "kernel"}, 10)
+    found: Any = tx.update(grads, tx.init(params), params)[0]
+    for expert in range(3):
+        one = {"w": grads["w"][:, expert]}
+        zeros = {"w": jnp.zeros((2, 4, 4))}
+        # Clipping sees all of them; the direction of muon does not depend on it.
+        wanted: Any = tx.update(one, tx.init(zeros), zeros)[0]
+        np.testing.assert_allclose(found["w"][:, expert], wanted["w"], atol=1e-3)
 
 
 def test_no_value_recompiles():

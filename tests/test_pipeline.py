@@ -59,7 +59,7 @@ def numbers_of(found):
 
 
 def equal(a, b):
-    return all((x == y).all() for x, y in zip(a, b, strict=True))
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_rows_are_recognised_encoded_packed_and_said(tmp_path):

@@ -1,5 +1,7 @@
 """Look-up and loss over the vocabulary beside jax.nn.log_softmax: values, gradients, meshes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ MESHES = {
     "fsdp=8": MeshConfig(fsdp=8),
     "data=2 fsdp=4": MeshConfig(data=2, fsdp=4),
     "data=2 fsdp=2 tensor=2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "fsdp=2 expert=4": MeshConfig(fsdp=2, expert=4),
 }
 ROWS, LENGTH, WIDTH = 8, 37, 16
 
@@ -29,10 +32,12 @@ def inputs(vocab: int, bearing: float = 0.5):
     return x_BTD, head_VD, targets_BT, jnp.where(bears_BT, weights_BT, 0.0)
 
 
-def plain(x_BTD, head_VD, targets_BT, weights_BT):
+def plain(x_BTD, head_VD, targets_BT, weights_BT, softcap=0.0):
     """(loss, correct) from all logits at once."""
     logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, head_VD)
     right_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
+    if softcap:
+        logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
     logp_BTV = jax.nn.log_softmax(logits_BTV)
     logp_BT = jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return -jnp.sum(weights_BT * logp_BT), jnp.sum(weights_BT * right_BT)
@@ -45,8 +50,8 @@ def measured(function, given, wanted: tuple[int, ...]):
     return [loss, correct, *gradients]
 
 
-def ours(*given):
-    loss, correct = token_loss(*given)
+def ours(*given, softcap=0.0):
+    loss, correct = token_loss(*given, softcap=softcap)
     return loss, correct
 
 
@@ -63,6 +68,33 @@ def test_loss_and_gradients(monkeypatch, chunk, wanted):
     monkeypatch.setattr(vocabulary, "_CHUNK", chunk)
     given = inputs(50)
     assert_close(measured(ours, given, wanted), measured(plain, given, wanted))
+
+
+@pytest.mark.parametrize(
+    "wanted", [(0,), (0, 1), (1,)], ids=["frozen head", "trained", "head only"]
+)
+def test_soft_cap(wanted):
+    given = inputs(50)
+    found = measured(partial(ours, softcap=3.0), given, wanted)
+    assert_close(found, measured(partial(plain, softcap=3.0), given, wanted))
+    uncapped = measured(plain, given, wanted)
+    assert float(found[1]) == pytest.approx(float(uncapped[1]))
+    assert abs(float(found[0]) - float(uncapped[0])) > 1
+
+
+def test_a_cap_that_rounds_logits_together_keeps_the_hits():
+    x_BTD, head_VD, targets_BT, weights_BT = inputs(50)
+    given = (100.0 * x_BTD, head_VD, targets_BT, weights_BT)
+    found, expected = measured(partial(ours, softcap=1.0), given, (0,)), plain(*given)
+    assert float(found[1]) == pytest.approx(float(expected[1]))
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_soft_cap_sharded(mesh):
+    given = inputs(64)
+    expected = measured(partial(plain, softcap=3.0), given, (0, 1))
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        assert_close(measured(partial(ours, softcap=3.0), given, (0, 1)), expected)
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)

@@ -9,8 +9,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxtune import tree
+from jaxtune.models import families
 from jaxtune.models.decoder import Decoder
-from jaxtune.models.families import family
 from tests.byte_tokenizer import byte_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -31,15 +31,17 @@ SIZES: dict[str, Any] = {
 
 def tensors(hf: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """{Hugging Face name: random float32 array} of a config."""
-    rows, rng = family(hf), np.random.default_rng(seed)
-    model = nnx.eval_shape(lambda: Decoder(rows.config(hf), rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(seed)
+    rows, config = families.read(hf)
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     found = {}
     for path, leaf in tree.split(model)[1].items():
-        for single in tree.layer_paths(path):
-            shape = leaf.shape[1:] if tree.layer_range(path) is not None else leaf.shape
-            shape = shape[::-1] if path.endswith(".kernel") else shape
-            noise = rng.normal(0, 0.2, shape).astype(np.float32)
-            found[rows.tensor(single)] = 1 + noise if path.endswith(".scale") else noise
+        for index, name in rows.slots(path, config):
+            shape = leaf.shape[len(index) :]
+            noise = rng.normal(0, 0.2, shape[::-1] if rows.turned(path) else shape).astype(
+                np.float32
+            )
+            found[name] = 1 + noise if path.endswith(".scale") else noise
     return found
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +36,8 @@ def show(prepared: Prepared, tokenizer: Any, console: "Console") -> None:
     for name, rows in _splits(prepared):
         console.print(Text(f"\n{name}: {_summary(rows)}", style="bold"))
         console.print(_histogram_text(rows))
+    if prepared.labels:
+        console.print(_class_table(prepared))
     repeats = f"{report.duplicates} training examples repeat an earlier one; "
     leaks = f"{report.leaked_rows} evaluation examples are also in training, "
     console.print(Text(f"{repeats}{leaks}{report.leaked_prompts} more by prompt"))
@@ -44,7 +46,8 @@ def show(prepared: Prepared, tokenizer: Any, console: "Console") -> None:
         for row in picks:
             console.print()
             console.print(Text(f"{name} row {row} of {len(rows)}", style="bold"))
-            for line in _row_text(rows, row, tokenizer, marked=not console.color_system):
+            marked = not console.color_system
+            for line in _row_text(rows, row, tokenizer, prepared.labels, marked=marked):
                 console.print(line)
 
 
@@ -70,6 +73,9 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
             "lengths": dict(zip(("min", "p50", "p90", "p99", "max"), quantiles, strict=True)),
             "histogram": [list(item) for item in _histogram(rows)],
         }
+        if prepared.labels:
+            amounts = _class_counts(rows, prepared.labels)
+            result[name]["classes"] = dict(zip(prepared.labels, amounts, strict=True))
     for name, sources in (("train", report.train), ("eval", report.eval)):
         if sources:
             result.setdefault(name, {})["sources"] = [dataclasses.asdict(s) for s in sources]
@@ -83,11 +89,33 @@ def _splits(prepared: Prepared) -> Iterator[tuple[str, Rows]]:
 
 
 def _summary(rows: Rows) -> str:
+    share = rows.loss_tokens / max(rows.real_tokens, 1)
+    loss = "" if rows.labels.size else f", {rows.loss_tokens} bear loss ({share:.1%})"
     return (
         f"{rows.examples} examples in {len(rows)} rows of {rows.width}, {rows.fill:.1%} filled; "
-        f"{rows.real_tokens} tokens, {rows.loss_tokens} bear loss "
-        f"({rows.loss_tokens / max(rows.real_tokens, 1):.1%})"
+        f"{rows.real_tokens} tokens{loss}"
     )
+
+
+def _class_counts(rows: Rows, names: Sequence[str]) -> list[int]:
+    return np.bincount(rows.labels, minlength=len(names)).tolist()
+
+
+def _class_table(prepared: Prepared) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="classes", title_justify="left")
+    table.add_column("")
+    table.add_column("class")
+    splits = list(_splits(prepared))
+    for name, _ in splits:
+        table.add_column(name, justify="right")
+    columns = [_class_counts(rows, prepared.labels) for _, rows in splits]
+    for number, name in enumerate(prepared.labels):
+        amounts = (str(column[number]) for column in columns)
+        table.add_row(str(number), Text(_printable(name)), *amounts)
+    return table
 
 
 def _source_table(sources: list[SourceReport], name: str) -> "Table":
@@ -148,9 +176,12 @@ def _histogram_text(rows: Rows) -> "Text":
     return text
 
 
-def _row_text(rows: Rows, row: int, tokenizer: Any, *, marked: bool) -> Iterator["Text"]:
+def _row_text(
+    rows: Rows, row: int, tokenizer: Any, classes: Sequence[str], *, marked: bool
+) -> Iterator["Text"]:
     """The documents of a row, each under a heading, learnt runs green and context dim.
 
+    With `classes` the heading names that of the document, and green is the token read for it.
     `marked` also puts guillemets around learnt runs, for where there is no colour.
     """
     from rich.text import Text
@@ -162,8 +193,10 @@ def _row_text(rows: Rows, row: int, tokenizer: Any, *, marked: bool) -> Iterator
             yield Text(f"... and {len(members) - segment + 1} more documents", style="magenta")
             return
         tokens, mask = rows.example(index)
-        yield Text(f"-- segment {segment}: {len(tokens)} tokens", style="magenta")
-        learnt_at = [False, *mask[1:].tolist()][:room]  # the first is never predicted
+        name = f", {_printable(classes[int(rows.labels[index])])}" if classes else ""
+        yield Text(f"-- segment {segment}: {len(tokens)} tokens{name}", style="magenta")
+        # Without classes the first token is never predicted.
+        learnt_at = [bool(classes) and bool(mask[0]), *mask[1:].tolist()][:room]
         line = Text()
         shown, end = "", 0
         for learnt, run in itertools.groupby(learnt_at):

@@ -34,6 +34,18 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "alpaca": (("instruction", "output"), ("input",)),
     "text": (("text",), ()),
 }
+# The same for rows with a class: the columns of one text or of two, and that of the class.
+LABELLED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "text_pair": (("text", "text_pair", "label"), ()),
+    "sentence_pair": (("sentence1", "sentence2", "label"), ()),
+    "premise_hypothesis": (("premise", "hypothesis", "label"), ()),
+    "question_pair": (("question1", "question2", "label"), ()),
+    "question_sentence": (("question", "sentence", "label"), ()),
+    "question_passage": (("question", "passage", "label"), ()),
+    "labelled_text": (("text", "label"), ()),
+    "labelled_sentence": (("sentence", "label"), ()),
+}
+Kinds = Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
 PEEK = 20  # rows whose columns decide the kind
 
 
@@ -54,19 +66,21 @@ class Table:
     """A source being read: its kind of row, and its rows, good and bad, in order."""
 
     kind: str
-    columns: tuple[str, ...]  # used, in the order of `KINDS`
+    columns: tuple[str, ...]  # used, in the order of its kind's
     ignored: tuple[str, ...]
     rows: Iterator[Row | BadRow]
 
 
-def parse_sources(setting: str | tuple[Any, ...], key: str) -> tuple[Source, ...]:
+def parse_sources(
+    setting: str | tuple[Any, ...], key: str, kinds: Kinds = KINDS
+) -> tuple[Source, ...]:
     """Sources of a config value such as `data.train`. Raises DataError for entries that are not."""
     entries = (setting,) if isinstance(setting, str) else tuple(setting)
-    return tuple(_parse_source(entry, f"data.{key}") for entry in entries if entry != "")
+    return tuple(_parse_source(entry, f"data.{key}", kinds) for entry in entries if entry != "")
 
 
-def read(source: Source) -> Table:
-    """Opens a source and recognises its rows by their columns.
+def read(source: Source, kinds: Kinds = KINDS) -> Table:
+    """Opens a source and recognises its rows by their columns as one of these kinds.
 
     Raises:
       DataError: for a missing, empty or unreadable file, and for columns that fit no kind of row.
@@ -86,14 +100,14 @@ def read(source: Source) -> Table:
         names = tuple(source.columns)
     else:
         names = found
-    kind = _kind(source, names, nested)
-    needed, optional = KINDS[kind]
+    kind = _kind(source, names, nested, kinds)
+    needed, optional = kinds[kind]
     used = needed + tuple(name for name in optional if name in names)
     ignored = () if source.columns else tuple(name for name in found if name not in used)
     return Table(kind, used, ignored, (_complete(row, needed) for row in everything))
 
 
-def _parse_source(entry: Any, key: str) -> Source:
+def _parse_source(entry: Any, key: str, kinds: Kinds) -> Source:
     if isinstance(entry, str):
         return Source(entry)
     if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
@@ -112,16 +126,16 @@ def _parse_source(entry: Any, key: str) -> Source:
     for name in ("format", "split", "name"):
         if not isinstance(getattr(source, name), str):
             raise DataError(f"{key}: {name} of {source.path} is not a text", fix=f'"{name}": "..."')
-    if source.format and source.format not in KINDS:
+    if source.format and source.format not in kinds:
         raise DataError(
-            f"{key}: format {source.format!r} for {source.path}", fix=f"one of {', '.join(KINDS)}"
+            f"{key}: format {source.format!r} for {source.path}", fix=f"one of {', '.join(kinds)}"
         )
-    _check_columns(source, key)
+    _check_columns(source, key, kinds)
     return source
 
 
-def _check_columns(source: Source, key: str) -> None:
-    known = {name for needed, optional in KINDS.values() for name in needed + optional}
+def _check_columns(source: Source, key: str, kinds: Kinds) -> None:
+    known = {name for needed, optional in kinds.values() for name in needed + optional}
     good = isinstance(source.columns, Mapping) and all(
         isinstance(spec, str) or (type(spec) is int and spec >= 1)
         for spec in source.columns.values()
@@ -129,7 +143,7 @@ def _check_columns(source: Source, key: str) -> None:
     if not good:
         raise DataError(
             f"{key}: columns of {source.path} are {source.columns!r}",
-            fix='{"prompt": "their column", "completion": "their column"}',
+            fix='{"our column": "their column"}',
         )
     unknown = [name for name in source.columns if name not in known]
     if unknown:
@@ -152,31 +166,33 @@ def _names(values: Mapping[Any, Any]) -> Iterator[str]:
             yield str(name)
 
 
-def _kind(source: Source, names: tuple[str, ...], found: tuple[str, ...]) -> str:
+def _kind(source: Source, names: tuple[str, ...], found: tuple[str, ...], kinds: Kinds) -> str:
     """The kind of row these columns make, or a DataError that says how to name them."""
     have = set(names)
     if source.format:
-        missing = [name for name in KINDS[source.format][0] if name not in have]
+        missing = [name for name in kinds[source.format][0] if name not in have]
         if not missing:
             return source.format
-        raise _unfit(source, f"lacks the column {missing[0]!r} of {source.format} rows", found)
+        why = f"lacks the column {missing[0]!r} of {source.format} rows"
+        raise _unfit(source, why, found, kinds)
     if {"chosen", "rejected"} <= have:
-        raise _unfit(
-            source, "holds preference pairs, which supervised tasks do not train on", found
-        )
-    for kind, (needed, _) in KINDS.items():
+        why = "holds preference pairs, which supervised tasks do not train on"
+        raise _unfit(source, why, found, kinds)
+    for kind, (needed, _) in kinds.items():
         if have.issuperset(needed):
             return kind
-    raise _unfit(source, "has columns that no kind of row is made of", found)
+    raise _unfit(source, "has columns that no kind of row is made of", found, kinds)
 
 
-def _unfit(source: Source, why: str, found: tuple[str, ...]) -> DataError:
+def _unfit(source: Source, why: str, found: tuple[str, ...], kinds: Kinds) -> DataError:
     """Names what was found, what would do, and the setting that makes these columns do."""
-    wanted = "; ".join(" + ".join(needed) for needed, _ in KINDS.values())
-    first, last = (list(found) * 2)[:2]
-    entry = (
-        f'{{"path": "{source.path}", "columns": {{"prompt": "{first}", "completion": "{last}"}}}}'
-    )
+    wanted = "; ".join(" + ".join(needed) for needed, _ in kinds.values())
+    first, second = (list(found) * 2)[:2]
+    if kinds is LABELLED:  # which mostly stands last
+        columns = f'{{"text": "{first}", "label": "{found[-1]}"}}'
+    else:
+        columns = f'{{"prompt": "{first}", "completion": "{second}"}}'
+    entry = f'{{"path": "{source.path}", "columns": {columns}}}'
     return DataError(
         f"{source.path} {why}; columns found: {', '.join(map(str, found))}; wanted: {wanted}",
         fix=f"name them, as in data.train=[{entry}]",

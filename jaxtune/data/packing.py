@@ -8,11 +8,14 @@ One document of five tokens whose last three are the answer, in a row of seven s
     weights     .  1  1  1  .  .  .       1 where the target bears loss
     positions   0  1  2  3  4  .  .
     segments    1  1  1  1  1  .  .       2, 3, ... for the next documents, 0 for padding
+
+Of a document with a class, `mask` marks the one token that stands for it; there the target is the
+number of the class and the weight is 1.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -28,20 +31,27 @@ class Batch(NamedTuple):
     weights: np.ndarray  # float32
     positions: np.ndarray  # int32
     segments: np.ndarray  # int32
+    types: np.ndarray | None = None  # int32, which text of a pair; None where no model asks for it
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised document; `mask[i]` says that `tokens[i]` bears loss when predicted."""
+    """One tokenised document; `mask[i]` says that `tokens[i]` bears loss when predicted.
+
+    With a `label`, `mask` marks the token that stands for the document.
+    """
 
     tokens: np.ndarray  # int32 [N]
     mask: np.ndarray  # bool [N]
     where: str  # file:line, for messages
+    label: str = ""  # name of its class, when documents are classified
+    types: np.ndarray | None = None  # int32 [N], which text of a pair each token is of
+    cut: bool = False  # what is missing was too long
 
     @property
     def loss_tokens(self) -> int:
-        """The first token is never predicted, so it never counts."""
-        return int(self.mask[1:].sum())
+        """The first token is never predicted, so it never counts; a class always does."""
+        return 1 if self.label else int(self.mask[1:].sum())
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,10 @@ class Rows:
     width: int  # slots a row
     parts: tuple[tuple[int, int], ...]
     weights: tuple[float, ...] = ()
+    # int32 [examples], numbers of their classes; empty where the next token is the target
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    # int32 [all tokens], which text of a pair; empty where no model asks for it
+    types: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
@@ -76,6 +90,8 @@ class Rows:
     @property
     def loss_tokens(self) -> int:
         """Targets that bear loss in one pass over all rows."""
+        if self.labels.size:
+            return self.examples
         first = np.zeros(len(self.mask), bool)
         first[self.starts[:-1]] = True
         return int((self.mask & ~first).sum())
@@ -99,6 +115,7 @@ class Rows:
             np.zeros(shape, np.float32),
             np.zeros(shape, np.int32),
             np.zeros(shape, np.int32),
+            np.zeros(shape, np.int32) if self.types.size else None,
         )
         for b, row in enumerate(rows):
             at = 0
@@ -107,8 +124,15 @@ class Rows:
                 tokens, mask = self.example(index)
                 end = at + len(tokens)
                 batch.tokens[b, at:end] = tokens
-                batch.targets[b, at : end - 1] = tokens[1:]
-                batch.weights[b, at : end - 1] = mask[1:]
+                if self.labels.size:
+                    batch.targets[b, at:end] = mask * self.labels[index]
+                    batch.weights[b, at:end] = mask
+                else:
+                    batch.targets[b, at : end - 1] = tokens[1:]
+                    batch.weights[b, at : end - 1] = mask[1:]
+                if batch.types is not None:
+                    span = slice(self.starts[index], self.starts[index + 1])
+                    batch.types[b, at:end] = self.types[span]
                 batch.positions[b, at:end] = np.arange(len(tokens))
                 batch.segments[b, at:end] = segment
                 at = end
@@ -170,11 +194,12 @@ def pack(
     max_length: int,
     packing: bool,
     weights: Sequence[float] = (),
+    labels: Sequence[int] = (),
 ) -> Rows:
     """Rows of the examples, none over `max_length` tokens, packed within each source.
 
     Without `packing` every example has a row of its own. All rows share one width, so a training
-    step compiles once.
+    step compiles once. `labels` are the numbers of the classes of all examples, when they have any.
     """
     examples = [example for source in sources for example in source]
     lengths = np.array([len(example.tokens) for example in examples], np.int64)
@@ -200,13 +225,16 @@ def pack(
         width=min(max_length, -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE),
         parts=tuple(parts),
         weights=tuple(weights),
+        labels=np.array(labels, np.int32),
+        types=_join([example.types for example in examples if example.types is not None], np.int32),
     )
 
 
 def digest(rows: Rows) -> str:
-    """sha256 of all that decides the batches: tokens, masks, which stand together, and the mix."""
+    """sha256 of all that decides the batches: tokens, targets, what stands together, the mix."""
     state = hashlib.sha256(repr((rows.width, rows.parts, rows.weights)).encode())
-    for array in (rows.tokens, rows.mask, rows.starts, rows.members, rows.row_starts):
+    arrays = (rows.tokens, rows.mask, rows.starts, rows.members, rows.row_starts)
+    for array in (*arrays, rows.labels, rows.types):
         state.update(f"{array.dtype.str}{array.shape}".encode())
         state.update(np.ascontiguousarray(array).tobytes())
     return state.hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.config import Config
-from jaxtune.data import chat, formats
+from jaxtune.data import chat, formats, labels
 from jaxtune.data.packing import Batch, Example, Rows, fit_length, pack
 from jaxtune.data.readers import BadRow, Row
 from jaxtune.data.templates import chat_template
@@ -61,33 +61,42 @@ class Prepared:
     train: Rows
     eval: Rows | None
     report: Report
+    labels: tuple[str, ...] = ()  # names of the classes in order, with task=classify
 
 
-def prepare(config: Config, tokenizer: Any, say: Say) -> Prepared:
+def prepare(
+    config: Config, tokenizer: Any, say: Say, form: labels.Form = labels.LAST_TOKEN
+) -> Prepared:
     """Reads, encodes and packs the training and evaluation data, saying what it decides.
+
+    `form` is how the model to be trained wants rows with a class.
 
     Raises:
       DataError: for data that cannot be read, or of which nothing can be trained on.
+      ConfigError: rows with a class that are to be split.
     """
+    if config.task == "classify" and config.data.too_long == "split":
+        raise ConfigError("data.too_long=split, and half a row has no class", fix="cut or drop")
     said: list[str] = []
 
     def tell(message: str) -> None:
         said.append(message)
         say(message)
 
-    sources = formats.parse_sources(config.data.train, "train")
+    sources = formats.parse_sources(config.data.train, "train", _kinds(config))
     if not sources:
         raise DataError("data.train is empty", fix="--config.data.train=FILE")
-    train, train_reports = _load(sources, "train", config, tokenizer, tell)
-    held_sources = formats.parse_sources(config.data.eval, "eval")
+    train, train_reports = _load(sources, "train", config, tokenizer, form, tell)
+    held_sources = formats.parse_sources(config.data.eval, "eval", _kinds(config))
     held: list[list[Example]] = []
     held_reports: tuple[SourceReport, ...] = ()
     if held_sources:
-        held, held_reports = _load(held_sources, "eval", config, tokenizer, tell)
+        held, held_reports = _load(held_sources, "eval", config, tokenizer, form, tell)
     elif config.data.eval_fraction:
         train, held = _split(train, config.data.eval_fraction, config.train.seed, tell)
     flat = [example for source in train for example in source]
-    duplicates, rows, prompts = _compare(flat, [example for source in held for example in source])
+    held_flat = [example for source in held for example in source]
+    duplicates, rows, prompts = _compare(flat, held_flat)
     if duplicates:
         tell(f"train: {duplicates} of {len(flat)} examples repeat an earlier one")
     if rows or prompts:
@@ -96,8 +105,13 @@ def prepare(config: Config, tokenizer: Any, say: Say) -> Prepared:
             "prompt with a training example: scores on them are not clean"
         )
     width, packing = config.data.max_length, config.data.packing
-    train_rows = pack(train, width, packing, _weights(sources, tell))
-    eval_rows = pack(held, width, packing) if held else None
+    names: tuple[str, ...] = ()
+    numbers: dict[str, list[int]] = {"train": [], "eval": []}
+    if config.task == "classify":
+        splits = {"train": flat, "eval": held_flat}
+        names, numbers = labels.assign(config.data.labels, form, splits, tell)
+    train_rows = pack(train, width, packing, _weights(sources, tell), numbers["train"])
+    eval_rows = pack(held, width, packing, labels=numbers["eval"]) if held else None
     _tell_rows("train", train_rows, packing, tell)
     if eval_rows is not None:
         _tell_rows("eval", eval_rows, packing, tell)
@@ -107,7 +121,7 @@ def prepare(config: Config, tokenizer: Any, say: Say) -> Prepared:
             f"{config.train.batch_size}: every step repeats some"
         )
     report = Report(train_reports, held_reports, duplicates, rows, prompts, tuple(said))
-    return Prepared(train_rows, eval_rows, report)
+    return Prepared(train_rows, eval_rows, report, names)
 
 
 def batches(
@@ -155,17 +169,26 @@ def _share(batch_size: int, hosts: int) -> int:
     return batch_size // hosts
 
 
+def _kinds(config: Config) -> formats.Kinds:
+    return formats.LABELLED if config.task == "classify" else formats.KINDS
+
+
 def _load(
-    sources: Sequence[formats.Source], split: str, config: Config, tokenizer: Any, tell: Say
+    sources: Sequence[formats.Source],
+    split: str,
+    config: Config,
+    tokenizer: Any,
+    form: labels.Form,
+    tell: Say,
 ) -> tuple[list[list[Example]], tuple[SourceReport, ...]]:
     """The usable examples of each source. At most `data.skip_bad_rows` rows may be bad in all."""
     examples, reports = [], []
     spare = config.data.skip_bad_rows
     for source in sources:
-        table = formats.read(source)
+        table = formats.read(source, _kinds(config))
         unused = f"; not used: {', '.join(map(str, table.ignored))}" if table.ignored else ""
         tell(f"{split}: {source.path}: {table.kind} rows from {', '.join(table.columns)}{unused}")
-        found, report = _load_source(source, table, spare, config, tokenizer)
+        found, report = _load_source(source, table, spare, config, tokenizer, form)
         spare -= len(report.bad)
         _tell_source(split, report, config, tell)
         if not found:
@@ -181,13 +204,16 @@ def _load(
 
 
 def _load_source(
-    source: formats.Source, table: formats.Table, spare: int, config: Config, tokenizer: Any
+    source: formats.Source,
+    table: formats.Table,
+    spare: int,
+    config: Config,
+    tokenizer: Any,
+    form: labels.Form,
 ) -> tuple[list[Example], SourceReport]:
-    pretrain = config.task == "pretrain"
-    template = chat_template(tokenizer, config.data.template)
-    completion_only = config.data.completion_only and not pretrain
     # Continued pretraining reads a stream of documents: windows of it lose nothing.
-    too_long = "split" if pretrain else config.data.too_long
+    too_long = "split" if config.task == "pretrain" else config.data.too_long
+    encode = _encoder(table, config, tokenizer, form)
     kept: list[Example] = []
     bad: list[BadRow] = []
     masked: list[str] = []
@@ -196,7 +222,7 @@ def _load_source(
     remarks: Counter[str] = Counter()
     for chunk in _chunks(table.rows, CHUNK):
         good = [row for row in chunk if isinstance(row, Row)]
-        encoded = chat.encode(table.kind, good, tokenizer, template, completion_only)
+        encoded = encode(good)
         remarks += encoded.remarks
         counts["read"] += len(chunk)
         unread = [row for row in chunk if isinstance(row, BadRow)]
@@ -214,7 +240,7 @@ def _load_source(
                     dropped.append(result.where)
                 elif not learnable:
                     masked.append(result.where)
-                elif len(result.tokens) > config.data.max_length:
+                elif result.cut or len(result.tokens) > config.data.max_length:
                     counts[too_long] += 1
                     counts["empty windows"] += len(pieces) - len(learnable)
     return kept, SourceReport(
@@ -232,6 +258,21 @@ def _load_source(
         examples=len(kept),
         remarks=tuple(sorted(remarks.items())),
     )
+
+
+def _encoder(
+    table: formats.Table, config: Config, tokenizer: Any, form: labels.Form
+) -> Callable[[list[Row]], chat.Encoded]:
+    """Rows of this table to examples, as the task wants them."""
+    data = config.data
+    if config.task == "classify":
+        texts = table.columns[:-1]  # the last is the label
+        return lambda rows: labels.encode(
+            texts, rows, tokenizer, form, data.max_length, data.too_long
+        )
+    template = chat_template(tokenizer, data.template)
+    completion_only = data.completion_only and config.task != "pretrain"
+    return lambda rows: chat.encode(table.kind, rows, tokenizer, template, completion_only)
 
 
 def _chunks(rows: Iterator[Row | BadRow], size: int) -> Iterator[list[Row | BadRow]]:
@@ -280,9 +321,10 @@ def _tell_source(split: str, report: SourceReport, config: Config, tell: Say) ->
 
 def _tell_rows(split: str, rows: Rows, packing: bool, tell: Say) -> None:
     how = "packed" if packing else "padded"
+    loss = "" if rows.labels.size else f", {rows.loss_tokens} bear loss"
     tell(
         f"{split}: {rows.examples} examples {how} into {len(rows)} rows of {rows.width}, "
-        f"{rows.fill:.1%} filled; {rows.real_tokens} tokens, {rows.loss_tokens} bear loss"
+        f"{rows.fill:.1%} filled; {rows.real_tokens} tokens{loss}"
     )
 
 
@@ -302,8 +344,8 @@ def _key(tokens: np.ndarray) -> bytes:
 
 
 def _prompt_key(example: Example) -> bytes | None:
-    """What stands before the first answer; None where everything is learnt."""
-    first = int(example.mask.argmax())
+    """What stands before the first answer; None where everything is learnt, or a class."""
+    first = 0 if example.label else int(example.mask.argmax())
     return _key(example.tokens[:first]) if first > 1 else None
 
 

@@ -7,7 +7,7 @@ place decides how many to tolerate. Nothing outside the path the user named is o
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,14 +231,42 @@ def _read_parquet(path: Path) -> Rows:
 
     number = 0
     try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+        file = pq.ParquetFile(path)
+        names = _written_names(file.schema_arrow.metadata)
+        for batch in file.iter_batches(batch_size=1024):
             for values in batch.to_pylist():
                 number += 1
-                yield Row(values, f"{path} row {number}")
+                yield Row(_named(values, names), f"{path} row {number}")
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path} is damaged Parquet after row {number}: {error}", fix="a fresh copy"
         ) from error
+
+
+def _written_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """{column: names of its classes} that `datasets` wrote into the schema of a Parquet file."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        named = {
+            column: feature["names"]
+            for column, feature in features.items()
+            if feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return {}  # of another writer
+    return {column: names for column, names in named.items() if isinstance(names, list)}
+
+
+def _named(values: dict[Any, Any], names: Mapping[str, Sequence[str]]) -> dict[Any, Any]:
+    """Numbers of classes as their names; those of no class, which test sets have, as null."""
+    if not names:
+        return values
+    known = {
+        column: names[column][value] if 0 <= value < len(names[column]) else None
+        for column, value in values.items()
+        if column in names and isinstance(value, int)
+    }
+    return values | known
 
 
 def _read_saved(folder: Path, split: str) -> Rows:
@@ -301,7 +329,14 @@ def _read_hub(path: str, split: str, name: str) -> Rows:
 
 
 def _dataset_rows(table: Any, path: str) -> Rows:
-    return (Row(dict(values), f"{path} row {n}") for n, values in enumerate(table, start=1))
+    from datasets import ClassLabel
+
+    features = table.features.items()
+    names = {name: feature.names for name, feature in features if isinstance(feature, ClassLabel)}
+    return (
+        Row(_named(dict(values), names), f"{path} row {n}")
+        for n, values in enumerate(table, start=1)
+    )
 
 
 _READERS: dict[str, Callable[..., Rows]] = {

@@ -2,12 +2,15 @@
 
     layers.3.mlp.up_proj.lora.A   base_model.model.model.layers.3.mlp.up_proj.lora_A.weight   [R, I]
     layers.3.mlp.up_proj.lora.B   base_model.model.model.layers.3.mlp.up_proj.lora_B.weight   [O, R]
+    layers.3.mlp.up_proj.lora.magnitude     [...].mlp.up_proj.lora_magnitude_vector           [O]
     lm_head.embedding             base_model.model.lm_head.weight            (a module to save)
+    score.kernel                  base_model.model.score.weight              (a classifier's head)
 
 peft only warns about names it does not find, so they are checked against the base before writing.
 """
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,40 +20,25 @@ import numpy as np
 from jaxtune import tree
 from jaxtune.config import LoraConfig
 from jaxtune.errors import ConfigError, ModelError
-from jaxtune.hf import files
+from jaxtune.hf import adapter_config, files
+from jaxtune.hf.adapter_config import CONFIG
 from jaxtune.hf.export import Export
 from jaxtune.hf.write import oriented, save_verified, staged
-from jaxtune.models.decoder import DecoderConfig
+from jaxtune.models.adapter import spec
+from jaxtune.models.blocks import LayerConfig
 from jaxtune.models.families import Family
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_PARTS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _MOST = 8  # names shown per side of an error
-
-# Settings that change what the weights mean, and the values under which they are plain LoRA.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "use_dora": (False,),
-    "fan_in_fan_out": (False,),
-    "lora_bias": (False,),
-    "use_qalora": (False,),
-    "use_bdlora": (None, False),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    # Others (pissa, olora, corda, loftq) also change the base.
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-}
 
 
 def write_adapter(
     out: Path,
     base: Path,
     rows: Family,
-    config: DecoderConfig,
+    config: LayerConfig,
     trained: Mapping[str, Any],
     *,
     lora: LoraConfig,
@@ -59,8 +47,8 @@ def write_adapter(
     """Writes the adapters, and modules trained in full, for peft to load on the base.
 
     Args:
-      trained: {path: array} of every adapter's A and B (also of one that a rule freezes) and of
-        every leaf trained in full, as `tree.split` names them.
+      trained: {path: array} of every adapter's leaves (also of one that a rule freezes; `scale`
+        may be left out) and of every leaf trained in full, as `tree.split` names them.
       base_name: the base's hub id or folder, as peft shall find it.
 
     Raises:
@@ -75,54 +63,141 @@ def write_adapter(
             "--format=peft holds adapters, and a full fine-tune (lora.r=0) has none",
             fix="--format=hf",
         )
+    for path in trained:
+        # In a model of experts, peft takes the names of any feed-forward block for theirs.
+        if config.experts and ".mlp." in path:
+            raise ConfigError(
+                f"peft's versions do not agree on how {path} is to be written", fix="--format=hf"
+            )
+    leaves = {path: leaf for path, leaf in trained.items() if not path.endswith(".lora.scale")}
     stored = files.tensors(base)
-    names = _names(rows, trained)
-    _check_base(names, stored, config, rows)
-    saved = _saved_modules(names, stored, config, rows)
-    tensors = {name: oriented(path, trained[path], slot) for name, (path, slot) in names.items()}
-    embedding, head = _tied(rows)
-    tied = config.tie_embeddings and embedding in tensors
-    if tied:  # peft wraps both ends of a tied model, and wants the one matrix under both names
-        tensors[head] = tensors[embedding]
-        saved |= {rows.module("lm_head.embedding")}
-    settings = _settings(lora, base_name, _targets(names), saved, stored)
-    if tied:
-        settings["ensure_weight_tying"] = True
+    names = _names(rows, leaves)
+    known = _base_names(rows, config, stored, names)
+    targets = {
+        name.removeprefix(_PREFIX).removesuffix(f".{_PARTS['A']}"): leaves[path].shape[-1]
+        for name, (path, _) in names.items()
+        if name.endswith(_PARTS["A"])
+    }
+    saved = _saved_modules(names, targets, known, config, rows)
+    tensors = {
+        name: oriented(
+            leaves[path], index, path.endswith((".lora.A", ".lora.B")) or rows.turned(path)
+        )
+        for name, (path, index) in names.items()
+    }
+    ends = _tied(rows, config)
+    tied = ends is not None and ends[0] in tensors
+    if ends and tied:  # peft wraps both ends of a tied model, and wants the matrix under both names
+        tensors[ends[1]] = tensors[ends[0]]
+        saved |= {_module(ends[1])}
+    modules = {_module(name) for name in (*known, *stored)}
+    settings = adapter_config.written(
+        lora, base_name, targets, saved, modules, classifier=config.num_labels > 0, tied=tied
+    )
     with staged(out) as stage:
         save_verified(stage / WEIGHTS, tensors)
-        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(dict(sorted(settings.items())), indent=2) + "\n"
         (stage / CONFIG).write_text(text, encoding="utf-8")
-        (stage / "README.md").write_text(_card(base_name), encoding="utf-8")
+        (stage / "README.md").write_text(_card(base_name, config.num_labels), encoding="utf-8")
     size = sum(values.nbytes for values in tensors.values())
     return Export(("README.md", CONFIG, WEIGHTS), len(tensors), len(tensors), size)
 
 
+def refused_by_servers(lora: LoraConfig, trained: Iterable[str]) -> str | None:
+    """Why common inference servers do not take this adapter, or None if they do.
+
+    They read one rank, one alpha and the matrices A and B of the model's own projections, as vLLM's
+    PEFTHelper does. Patterns it passes over in silence, so that the scale comes out wrong.
+
+    Args:
+      trained: paths of every leaf an adapter folder would hold.
+    """
+    paths = list(trained)
+    full = sorted({path.split(".")[-2] for path in paths if ".lora." not in path})
+    if lora.use_dora:
+        return "it is DoRA"
+    if any(".experts." in path for path in paths):
+        return "it has adapters of experts"
+    if lora.rank_pattern or lora.alpha_pattern:
+        return "ranks or alphas differ between modules"
+    return f"modules are trained in full ({', '.join(full)})" if full else None
+
+
+def open_adapter(folder: Path, rows: Family, config: LayerConfig) -> dict[str, np.ndarray]:
+    """{path: float32 array} of a PEFT adapter folder, whatever run or library wrote it.
+
+    Every layer is a stack of its own, since each may have a rank of its own:
+    `layers.3-3.self_attn.q_proj.lora.A` [1, I, R], `.lora.B` [1, R, O], `.lora.scale` [1], with
+    DoRA `.lora.magnitude` [1, O]; modules saved in full as `score.kernel` [I, O].
+
+    Raises:
+      ModelError: no adapter, pickled weights, a damaged file, tensors of another base, or settings
+        that our adapters cannot express.
+    """
+    settings, lora = adapter_config.read(folder)
+    stored = _untied(folder, files.tensors(folder, single=WEIGHTS), settings, rows, config)
+    paths = {rows.tensor(single): single for single in _singles(rows, config)}
+    found: dict[str, np.ndarray] = {}
+    strange = []
+    for name, tensor in stored.items():
+        path = _path(name, paths)
+        if path is None:
+            strange.append(name)
+            continue
+        values = tensor.read().astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ModelError(f"{folder}: {name} is not finite", fix="another adapter")
+        turned = path.endswith((".lora.A", ".lora.B")) or rows.turned(path)
+        found[_stack_of_one(path)] = _leading(path, values.T if turned else values)
+    if strange:
+        raise ModelError(
+            f"{folder} holds what is no adapter of a projection, and no module, of this base: "
+            f"{_few(sorted(strange))}",
+            fix="an adapter of this base, with adapters on its projections only",
+        )
+    for path in [path for path in found if path.endswith(".lora.A")]:
+        module, name = path.removesuffix(".lora.A"), _kernel(rows, path)
+        own, rank = spec(lora, name), found[path].shape[-1]
+        parts = ("B", "magnitude") if lora.use_dora else ("B",)
+        lost = [part for part in parts if f"{module}.lora.{part}" not in found]
+        if lost or rank != own.rank:
+            raise ModelError(
+                f"{folder} has {name} with rank {rank} and without {lost or 'nothing'}, its "
+                f"{CONFIG} says rank {own.rank} and use_dora {lora.use_dora}",
+                fix="fetch it again",
+            )
+        found[f"{module}.lora.scale"] = _leading(module, np.asarray(own.scale, np.float32))
+    return found
+
+
 def read_adapter(
-    folder: Path, rows: Family, lora: LoraConfig, shapes: Mapping[str, Any]
+    folder: Path,
+    rows: Family,
+    config: LayerConfig,
+    lora: LoraConfig,
+    shapes: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
     """{path: float32 array} for every path of `shapes`, from a PEFT adapter folder.
 
     Args:
-      lora: of the run, whose rank and scale must be the adapter's.
+      lora: of the run, whose ranks and scales must be the adapter's.
       shapes: {path: anything with a shape} of the run's adapters and modules to save.
 
     Raises:
       ConfigError: another rank, scale or set of modules than the run's; both are named.
-      ModelError: no adapter, pickled weights, a damaged file, or more than plain LoRA.
+      ModelError: as `open_adapter`, or an adapter of another base's shapes.
     """
-    if not (folder / CONFIG).is_file():
-        raise ModelError(
-            f"{CONFIG} is missing in the lora.init folder {folder}",
-            fix="a PEFT adapter folder, such as jaxtune export --format=peft writes",
+    found = open_adapter(folder, rows, config)
+    singles = {path: [_stack_of_one(s) for s in tree.layer_paths(path)] for path in shapes}
+    theirs = {path for path in found if not path.endswith(".lora.scale")}
+    ours = {single for path in shapes for single in singles[path]}
+    modules = {_kernel(rows, path) for path in theirs if path.endswith(".lora.A")}
+    adapter_config.check_same(folder, adapter_config.read(folder)[1], lora, modules)
+    if ours != theirs:
+        missing, surplus = (
+            sorted(_name(rows, _one(path)) for path in side)
+            for side in (ours - theirs, theirs - ours)
         )
-    settings = files.read_json(folder / CONFIG)
-    _check_settings(folder, settings, lora)
-    stored = files.tensors(folder, single=WEIGHTS)
-    if settings.get("ensure_weight_tying"):
-        stored.pop(_tied(rows)[1], None)
-    names = _names(rows, shapes)
-    missing, surplus = sorted(set(names) - set(stored)), sorted(set(stored) - set(names))
-    if missing or surplus:
         raise ConfigError(
             f"{folder} fits other modules than this run: only the run has {_few(missing)}; "
             f"only the adapter has {_few(surplus)}",
@@ -130,80 +205,155 @@ def read_adapter(
         )
     result = {}
     for path, shape in shapes.items():
-        whole = np.empty(shape.shape, np.float32)
+        parts = [found.pop(single) for single in singles[path]]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if whole.shape != tuple(shape.shape):
+            raise ModelError(
+                f"{folder} has {_name(rows, _one(singles[path][0]))} as {list(whole.shape)}, "
+                f"the run as {list(shape.shape)}",
+                fix="an adapter of this base",
+            )
         result[path] = whole
-        for slot, single in enumerate(tree.layer_paths(path)):
-            name = _name(rows, single)
-            values = stored[name].read().astype(np.float32)
-            target = oriented(path, whole, slot)  # a view: what is written there lands in `whole`
-            if values.shape != target.shape:
-                raise ModelError(
-                    f"{folder} has {name} {list(values.shape)}, the run {list(target.shape)}",
-                    fix="an adapter of this base",
-                )
-            target[...] = values
-            if not np.isfinite(values).all():
-                raise ModelError(f"{folder}: {name} is not finite", fix="another adapter")
     return result
 
 
 def _name(rows: Family, single: str) -> str:
     module, _, part = single.partition(".lora.")
     if part:
-        return f"{_PREFIX}{rows.module(f'{module}.kernel')}.lora_{part}.weight"
+        return f"{_PREFIX}{rows.module(f'{module}.kernel')}.{_PARTS[part]}"
     return _PREFIX + rows.tensor(single)
 
 
-def _names(rows: Family, leaves: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """{tensor of the adapter file: (path of the leaf, layer of it)}."""
+def _path(name: str, paths: Mapping[str, str]) -> str | None:
+    """The path of one layer's leaf, `layers.3.mlp.up_proj.lora.A`; None where it is none of ours.
+
+    Args:
+      paths: {Hugging Face tensor: path}.
+    """
+    if not name.startswith(_PREFIX):
+        return None
+    name = name.removeprefix(_PREFIX)
+    name = name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+    for part, suffix in _PARTS.items():
+        if name.endswith(f".{suffix}"):
+            kernel = paths.get(f"{name.removesuffix(suffix)}weight", "")
+            module = kernel.removesuffix(".kernel")
+            return f"{module}.lora.{part}" if module != kernel else None
+    return paths.get(name)
+
+
+def _names(rows: Family, leaves: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{tensor of the adapter file: (path of the leaf, where in it)}."""
     return {
-        _name(rows, single): (path, slot)
+        _name(rows, single): (path, (slot,) if tree.layer_range(path) else ())
         for path in leaves
         for slot, single in enumerate(tree.layer_paths(path))
     }
 
 
-def _tied(rows: Family) -> tuple[str, str]:
+def _stack_of_one(single: str) -> str:
+    """`layers.3.mlp.up_proj` -> `layers.3-3.mlp.up_proj`."""
+    return re.sub(r"^layers\.(\d+)\.", r"layers.\1-\1.", single)
+
+
+def _one(path: str) -> str:
+    return tree.layer_paths(path)[0]
+
+
+def _kernel(rows: Family, adapter: str) -> str:
+    """Hugging Face's module of `layers.3-3.mlp.up_proj.lora.A`."""
+    return rows.module(_one(adapter).replace(".lora.A", ".kernel"))
+
+
+def _leading(path: str, values: np.ndarray) -> np.ndarray:
+    return values[None] if path.startswith("layers.") else values
+
+
+def _singles(rows: Family, config: LayerConfig) -> list[str]:
+    """Paths of all leaves there may be, one a layer; experts are no modules to PEFT."""
+    return [
+        path.replace("{i}", str(layer))
+        for path in rows.keys
+        if ".experts." not in path
+        for layer in (range(config.num_layers) if "{i}" in path else (0,))
+    ]
+
+
+def _base_names(
+    rows: Family, config: LayerConfig, stored: Iterable[str], trained: Collection[str]
+) -> set[str]:
+    """Names in memory of the base's tensors, and of what was trained of a head it has not."""
+    held = set(stored)
+    disk = rows.on_disk(held)
+    known = set()
+    for single in _singles(rows, config):
+        name = rows.tensor(single)
+        head = config.num_labels > 0 and single.startswith(rows.heads)
+        if disk.tensor(single) in held or (head and _PREFIX + name in trained):
+            known.add(name)
+    ends = _tied(rows, config)
+    return known | {name.removeprefix(_PREFIX) for name in ends or ()}
+
+
+def _tied(rows: Family, config: LayerConfig) -> tuple[str, str] | None:
+    """Both names of a language model's one matrix, where input and output share it."""
+    if config.num_labels or not getattr(config, "tie_embeddings", False):
+        return None
     return _name(rows, "embed_tokens.embedding"), _name(rows, "lm_head.embedding")
 
 
-def _targets(names: Iterable[str]) -> set[str]:
-    """Hugging Face modules with an adapter."""
-    ends = (".lora_A.weight", ".lora_B.weight")
-    return {name[len(_PREFIX) : -len(ends[0])] for name in names if name.endswith(ends)}
-
-
-def _check_base(
-    names: Iterable[str],
+def _untied(
+    folder: Path,
     stored: Mapping[str, files.Tensor],
-    config: DecoderConfig,
+    settings: Mapping[str, Any],
     rows: Family,
-) -> None:
-    full = {n.removeprefix(_PREFIX) for n in names if ".lora_" not in n}
-    wanted = full | {f"{module}.weight" for module in _targets(names)}
-    known = set(stored)
-    if config.tie_embeddings:
-        known.add(rows.tensor("embed_tokens.embedding"))
-    lost = sorted(wanted - known)
-    if lost:
-        raise ModelError(
-            f"the base has no {_few(lost)}, which was trained", fix="the base of this run"
+    config: LayerConfig,
+) -> dict[str, files.Tensor]:
+    """The file's tensors, of a tied matrix only the first."""
+    ends = _tied(rows, config)
+    if ends is None or not set(ends) & set(stored):
+        return dict(stored)
+    embedding, head = ends
+    if head in stored:
+        same = embedding in stored and (
+            settings.get("ensure_weight_tying")
+            or stored[embedding].read().tobytes() == stored[head].read().tobytes()
         )
+    else:  # peft unties what is to be saved by itself; a table that was resized stays tied
+        saved = settings.get("modules_to_save") or ()
+        knows = {name.rsplit(".", 1)[-1] for name in saved} & {"embed_tokens", "lm_head"}
+        wrapped = any(_module(embedding).endswith(name) for name in saved)
+        same = not wrapped or (settings.get("ensure_weight_tying") and knows)
+    if not same:
+        raise ModelError(
+            f"{folder} trains one end of this base's tied embedding apart from the other",
+            fix="an adapter trained with ensure_weight_tying, or without modules_to_save",
+        )
+    return {name: tensor for name, tensor in stored.items() if name != head}
+
+
+def _module(name: str) -> str:
+    return name.removeprefix(_PREFIX).rsplit(".", 1)[0]
 
 
 def _saved_modules(
     names: Iterable[str],
-    stored: Mapping[str, files.Tensor],
-    config: DecoderConfig,
+    targets: Iterable[str],
+    known: set[str],
+    config: LayerConfig,
     rows: Family,
 ) -> set[str]:
     """Hugging Face modules trained in full; peft replaces whole modules, without an adapter."""
-    full = {n.removeprefix(_PREFIX) for n in names if ".lora_" not in n}
-    modules = {name.rsplit(".", 1)[0] for name in full}
-    partly = {name.rsplit(".", 1)[0] for name in set(stored) - full} & modules
-    if config.tie_embeddings:
-        partly -= {rows.module("embed_tokens.embedding"), rows.module("lm_head.embedding")}
-    cannot = sorted(partly | modules & _targets(names))
+    full = {name.removeprefix(_PREFIX) for name in names if ".lora_" not in name}
+    lost = sorted((full | {f"{module}.weight" for module in targets}) - known)
+    if lost:
+        raise ModelError(
+            f"the base has no {_few(lost)}, which was trained", fix="the base of this run"
+        )
+    modules = {_module(name) for name in full}
+    partly = {_module(name) for name in known - full} & modules
+    partly -= {_module(name) for name in _tied(rows, config) or ()}
+    cannot = sorted(partly | modules & set(targets))
     if cannot:
         raise ConfigError(
             f"peft cannot express part of a module trained in full beside an adapter or frozen "
@@ -213,90 +363,7 @@ def _saved_modules(
     return modules
 
 
-def _settings(
-    lora: LoraConfig,
-    base_name: str,
-    targets: set[str],
-    saved: set[str],
-    stored: Iterable[str],
-) -> dict[str, Any]:
-    modules = {name.rsplit(".", 1)[0] for name in stored}
-    target_names, layers = _compact(targets, modules - saved)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "revision": None,
-        "inference_mode": True,
-        "auto_mapping": None,
-        "r": lora.r,
-        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.use_rslora,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "target_modules": target_names,
-        "exclude_modules": None,
-        "layers_to_transform": layers,
-        "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "modules_to_save": _suffixes(saved, modules) or None,
-    }
-
-
-def _compact(targets: set[str], modules: set[str]) -> tuple[list[str], list[int] | None]:
-    """Last names and layer numbers that mean exactly these modules; failing that, full names."""
-    lasts = {target.rsplit(".", 1)[-1] for target in targets}
-    layers = {_layer(target) for target in targets}
-    alike = {module for module in modules if module.rsplit(".", 1)[-1] in lasts}
-    if targets == alike:
-        return sorted(lasts), None
-    if None not in layers and targets == {m for m in alike if _layer(m) in layers}:
-        return sorted(lasts), sorted(number for number in layers if number is not None)
-    return sorted(targets), None
-
-
-def _layer(module: str) -> int | None:
-    numbers = [part for part in module.split(".") if part.isdecimal()]
-    return int(numbers[0]) if numbers else None
-
-
-def _suffixes(saved: set[str], modules: Collection[str]) -> list[str]:
-    """Last names where they mean just the saved modules; peft matches them by plain `endswith`."""
-    result = set()
-    for module in saved:
-        last = module.rsplit(".", 1)[-1]
-        alike = {other for other in modules if other.endswith(last)}
-        result.add(last if alike <= saved else module)
-    return sorted(result)
-
-
-def _check_settings(folder: Path, settings: Mapping[str, Any], lora: LoraConfig) -> None:
-    for key, plain in _PLAIN.items():
-        if settings.get(key, plain[0]) not in plain:
-            raise ModelError(
-                f"{folder / CONFIG} has {key} {settings[key]!r}, which is not plain LoRA",
-                fix=f"an adapter with {key} {plain[0]!r}",
-            )
-    theirs = {
-        "r": settings.get("r", 8),
-        "alpha": settings.get("lora_alpha", 8),
-        "use_rslora": settings.get("use_rslora", False),
-    }
-    differ = {key: value for key, value in theirs.items() if value != getattr(lora, key)}
-    if differ:
-        ours = ", ".join(f"{key} {getattr(lora, key)}" for key in differ)
-        raise ConfigError(
-            f"lora.init {folder} has {', '.join(f'{k} {v}' for k, v in differ.items())}; "
-            f"this run has {ours}",
-            fix=" ".join(f"--config.lora.{key}={value}" for key, value in differ.items()),
-        )
-
-
-def _card(base_name: str) -> str:
+def _card(base_name: str, classes: int) -> str:
     """The model card peft writes, as a stub; a folder's path would be no use to others."""
     hub = not Path(base_name).expanduser().exists()
     base = [f"base_model: {json.dumps(base_name)}"] if hub else []
@@ -304,13 +371,15 @@ def _card(base_name: str) -> str:
     front = [
         *base,
         "library_name: peft",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: text-{'classification' if classes else 'generation'}",
         "tags:",
         *(f"- {json.dumps(tag)}" for tag in tags),
     ]
     lines = ["---", *front, "---", "", "# LoRA adapter"]
     if hub:
         lines += ["", f"Fine-tuned from {base_name} with jaxtune."]
+    if classes:
+        lines += ["", f"A classifier: load the base with num_labels={classes}."]
     return "\n".join(lines) + "\n"
 
 

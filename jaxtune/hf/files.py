@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,48 @@ class Tensor:
     def row_bytes(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def read(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """Rows `first` to `last` of axis 0, by default all, in the stored dtype."""
         shape = self.shape
         if shape:
             shape = (len(range(*slice(first, last).indices(shape[0]))), *shape[1:])
-        count = math.prod(shape)
-        with self.file.open("rb") as file:
-            at = self.start + first * self.row_bytes
-            values = np.fromfile(file, self.dtype, count, offset=at)
-        if values.size != count:
-            raise ModelError(f"{self.file} ends early", fix="fetch it again")
-        return values.reshape(shape)
+        values = np.empty(shape, self.dtype)
+        self.read_into(values, first)
+        return values
+
+    def read_into(self, out: np.ndarray, first: int = 0, columns: slice = slice(None)) -> None:
+        """Fills `out` (contiguous, of the stored dtype) with its number of rows from `first` on.
+
+        Of a matrix it may hold only some `columns`, and then only those are read.
+
+        Raises:
+          ModelError: the file has become shorter.
+        """
+        # ml_dtypes' arrays are no buffers, their bytes are.
+        raw = out.reshape(-1).view(np.uint8).data
+        begin = self.start + first * self.row_bytes
+        start, stop, _ = columns.indices(self.shape[1] if len(self.shape) > 1 else 0)
+        width = (stop - start) * self.dtype.itemsize
+        with self.file.open("rb", buffering=0) as file:
+            if len(self.shape) < 2 or (start, stop) == (0, self.shape[1]):
+                self._fill(file, begin, raw)
+                return
+            begin += start * self.dtype.itemsize
+            for row in range(len(out)):
+                at = begin + row * self.row_bytes
+                self._fill(file, at, raw[row * width : (row + 1) * width])
+
+    def _fill(self, file: FileIO, at: int, raw: memoryview) -> None:
+        file.seek(at)
+        while len(raw):  # one read gives at most 2 GB
+            count = file.readinto(raw)
+            if not count:
+                raise ModelError(f"{self.file} ends early", fix="fetch it again")
+            raw = raw[count:]
 
 
 def resolve(path: str) -> Path:

@@ -9,7 +9,8 @@ for the tokens of all, and activations travel instead of weights.
 Letters: N tokens (B * T), C tokens in a chunk, V vocabulary (rows on this device), D model width.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxtune.sharding import BATCH
 
 _CHUNK = 256
 _VOCAB = "fsdp"  # mesh axis over which tables are cut
+_OTHERS = tuple(axis for axis in BATCH if axis != _VOCAB)
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -47,27 +49,34 @@ class TokenLoss(NamedTuple):
     correct: jax.Array  # sum of weight where the target alone is the most likely token
 
 
-@jax.custom_vjp
-def token_loss(x_BTD, head_VD, targets_BT, weights_BT) -> TokenLoss:
+def token_loss(x_BTD, head_VD, targets_BT, weights_BT, softcap: float = 0.0) -> TokenLoss:
     """Cross entropy of `x @ head.T` against `targets`, summed with `weights`.
 
-    Differentiable in x and head (of the `loss` field only).
+    Differentiable in x and head (of the `loss` field only). With a `softcap`, a Python number,
+    logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118); 0 leaves them.
     """
-    return _sharded_walk(x_BTD, head_VD, targets_BT, weights_BT, False, False)[0]
+    total: Any = _token_loss(x_BTD, head_VD, targets_BT, weights_BT, softcap)
+    return total
 
 
-def _forward(x_BTD, head_VD, targets_BT, weights_BT):
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _token_loss(x_BTD, head_VD, targets_BT, weights_BT, softcap: float) -> TokenLoss:
+    return _sharded_walk(x_BTD, head_VD, targets_BT, weights_BT, softcap, False, False)[0]
+
+
+def _forward(x_BTD, head_VD, targets_BT, weights_BT, softcap: float):
     return _sharded_walk(
         x_BTD.value,
         head_VD.value,
         targets_BT.value,
         weights_BT.value,
+        softcap,
         x_BTD.perturbed,
         head_VD.perturbed,
     )
 
 
-def _backward(gradients, cotangents):
+def _backward(softcap: float, gradients, cotangents):
     loss = cotangents.loss
     if isinstance(loss, SymbolicZero):
         return None, None, None, None
@@ -75,7 +84,7 @@ def _backward(gradients, cotangents):
     return dx_BTD, dhead_VD, None, None
 
 
-token_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+_token_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _shards(vocab: int) -> int:
@@ -85,11 +94,13 @@ def _shards(vocab: int) -> int:
     return size if vocab % size == 0 else 1
 
 
-def _sharded_walk(x_BTD, head_VD, targets_BT, weights_BT, grad_x: bool, grad_head: bool):
+def _sharded_walk(
+    x_BTD, head_VD, targets_BT, weights_BT, softcap: float, grad_x: bool, grad_head: bool
+):
     """-> (TokenLoss, (dx or None, dhead or None)), over all devices of the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _walk(x_BTD, head_VD, targets_BT, weights_BT, grad_x, grad_head)
+        return _walk(x_BTD, head_VD, targets_BT, weights_BT, softcap, grad_x, grad_head)
     cut = _shards(head_VD.shape[0]) > 1
     rows, table = P(BATCH, None), P(_VOCAB if cut else None, None)
 
@@ -98,14 +109,14 @@ def _sharded_walk(x_BTD, head_VD, targets_BT, weights_BT, grad_x: bool, grad_hea
         if cut:
             gather = [jax.lax.all_gather(a, _VOCAB, tiled=True) for a in gather]
         total, (dx_BTD, dhead_VD) = _walk(
-            gather[0], head_VD, *gather[1:], grad_x, grad_head, sharded=True, cut=cut
+            gather[0], head_VD, *gather[1:], softcap, grad_x, grad_head, sharded=True, cut=cut
         )
         # Cut: each device of the axis has seen all tokens. Whole: each has seen its own.
-        total = jax.lax.psum(total, "data" if cut else BATCH)
+        total = jax.lax.psum(total, _OTHERS if cut else BATCH)
         if dx_BTD is not None and cut:
             dx_BTD = jax.lax.psum_scatter(dx_BTD, _VOCAB, tiled=True)
         if dhead_VD is not None:
-            dhead_VD = jax.lax.psum(dhead_VD, "data" if cut else BATCH)
+            dhead_VD = jax.lax.psum(dhead_VD, _OTHERS if cut else BATCH)
         return total, (dx_BTD, dhead_VD)
 
     gradients = (P(BATCH, None, None) if grad_x else None, table if grad_head else None)
@@ -122,6 +133,7 @@ def _walk(
     head_VD,
     targets_BT,
     weights_BT,
+    softcap: float,
     grad_x: bool,
     grad_head: bool,
     *,
@@ -146,6 +158,9 @@ def _walk(
     def combine(reduce, value):
         return reduce(value, _VOCAB) if cut else value
 
+    def capped(logits):
+        return softcap * jnp.tanh(logits / softcap) if softcap else logits
+
     def visit(i, carry):
         total, dx_ND, dhead_VD = carry
         at_C = jax.lax.dynamic_slice_in_dim(order_N, i * chunk, chunk)
@@ -157,21 +172,26 @@ def _walk(
 
         logits_CV = jnp.einsum("CD,VD->CV", x_CD, head_VD, preferred_element_type=jnp.float32)
         top_C = combine(jax.lax.pmax, logits_CV.max(axis=-1))
-        exp_CV = jnp.exp(logits_CV - top_C[:, None])
-        sum_C = combine(jax.lax.psum, exp_CV.sum(axis=-1))
         target_C = jnp.take_along_axis(logits_CV, row_C[:, None], axis=1)[:, 0]
         target_C = combine(jax.lax.psum, jnp.where(mine_C, target_C, 0.0))
         # A model whose logits are all equal has predicted nothing: ties are not correct.
         at_top_C = combine(jax.lax.psum, jnp.sum(logits_CV == top_C[:, None], axis=-1))
         hits_C = (target_C >= top_C) & (at_top_C == 1)
+        # A cap keeps the order of the logits, but rounding may make ties: it comes after the hits.
+        logits_CV, top_C, target_C = capped(logits_CV), capped(top_C), capped(target_C)
+        exp_CV = jnp.exp(logits_CV - top_C[:, None])
+        sum_C = combine(jax.lax.psum, exp_CV.sum(axis=-1))
         total = TokenLoss(
             total.loss + jnp.sum(weights_C * (jnp.log(sum_C) + top_C - target_C)),
             total.correct + jnp.sum(weights_C * hits_C),
         )
         if grad_x or grad_head:  # d loss / d logits = weight * (softmax - one_hot)
-            exp_CV = exp_CV.astype(x_CD.dtype)
             share_C = (weights_C / sum_C)[:, None]  # narrow tensors are scaled, not [C, V]
-            hit_C = (weights_C * mine_C).astype(x_CD.dtype)[:, None]
+            hit_C = weights_C * mine_C
+            if softcap:  # d capped / d logits = 1 - (capped / softcap)^2
+                exp_CV *= 1 - jnp.square(logits_CV / softcap)
+                hit_C *= 1 - jnp.square(target_C / softcap)
+            exp_CV, hit_C = exp_CV.astype(x_CD.dtype), hit_C.astype(x_CD.dtype)[:, None]
         if grad_x:
             mean_CD = jnp.einsum("CV,VD->CD", exp_CV, head_VD, preferred_element_type=jnp.float32)
             dx_CD = (share_C * mean_CD).astype(x_CD.dtype) - hit_C * head_VD[row_C]

@@ -82,7 +82,7 @@ def main() -> None:
     parts = {
         "step": lambda: padded(work, args.rounds),
         "alpaca": lambda: alpaca(work, max(3, args.rounds // 2)),
-        "loading": lambda: loading(work),
+        "loading": lambda: loading(work, args.rounds),
         "start": lambda: start(args.rounds),
     }
     results: list[Result] = []
@@ -152,27 +152,48 @@ def alpaca(work: Path, rounds: int) -> list[Result]:
     ]
 
 
-def loading(work: Path) -> list[Result]:
-    """Peak memory of loading about 1 GB, against 1.2 x the loaded size + 300 MB."""
+def loading(work: Path, rounds: int) -> list[Result]:
+    """Reading about 1 GB beside a plain read of the same bytes; peaks of reading and of merging."""
     results = []
     for dtype, name, layers in (("float32", "float32", 2), (inputs.BFLOAT16, "bfloat16", 6)):
         folder = work / f"large-{name}"
-        inputs.write_base(folder, inputs.LARGE | {"num_hidden_layers": layers}, dtype)
-        worker = [sys.executable, str(HERE / "loading.py"), str(folder)]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-        output = subprocess.run(worker, check=True, capture_output=True, env=environment).stdout
-        found = json.loads(output)
-        shutil.rmtree(folder)
-        megabytes = {key: value / 1e6 for key, value in found.items()}
-        limit = 1.2 * megabytes["bytes"] + 300
+        sizes = inputs.LARGE | {"num_hidden_layers": layers}
+        inputs.write_base(folder, sizes, dtype)
+        timed = measured("loading.py", "time", folder, 3 * rounds)
+        # Their best rounds: what else the machine does only ever adds to either side.
+        ratio = min(timed["ours"]) / min(timed["plain"])
         results.append(
             Result(
-                f"peak memory, {name} checkpoint to bfloat16", [megabytes["peak_bytes"]],
-                [megabytes["bytes"]], "MB", megabytes["peak_bytes"] / megabytes["bytes"],
-                f"<= {limit:.0f} MB", megabytes["peak_bytes"] <= limit, "beside the loaded size",
+                f"reading {name} to bfloat16, over a plain read", timed["ours"], timed["plain"],
+                "s", ratio, "<= 1.5", ratio <= 1.5, "best round over best round",
             )
         )  # fmt: skip
+        found = measured("loading.py", "memory", folder)
+        limit = 1.15 * found["bytes"] + 300e6
+        results.append(memory(f"peak memory of that, {name}", found, limit, "the loaded size"))
+        inputs.write_adapter(work / f"adapter-{name}", sizes)
+        merge = measured("merging.py", folder, work / f"adapter-{name}", work / f"merged-{name}")
+        limit = 1.5 * merge["bytes"] + 500e6
+        results.append(memory(f"memory of merging LoRA, {name}", merge, limit, "one shard"))
+        for made in ("large", "adapter", "merged"):
+            shutil.rmtree(work / f"{made}-{name}")
     return results
+
+
+def measured(script: str, *args: Any) -> dict[str, Any]:
+    """What a script of ours prints, from a process of its own."""
+    command = [sys.executable, str(HERE / script), *map(str, args)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
+    return json.loads(output)
+
+
+def memory(name: str, found: dict[str, Any], limit: float, beside: str) -> Result:
+    peak, size = found["peak_bytes"], found["bytes"]
+    return Result(
+        name, [peak / 1e6], [size / 1e6], "MB", peak / size, f"<= {limit / 1e6:.0f} MB",
+        peak <= limit, f"beside {beside}",
+    )  # fmt: skip
 
 
 def start(rounds: int) -> list[Result]:
