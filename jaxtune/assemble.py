@@ -156,7 +156,9 @@ def _decide(config: Config, family: Family, leaves: Mapping[str, Any], heads: tu
     targets = lora.targets(config.lora, modules, never)
     parts = ("A", "B", "scale", "magnitude") if config.lora.use_dora else ("A", "B", "scale")
     adapters = [f"{module}.lora.{leaf}" for module in sorted(targets) for leaf in parts]
-    return targets, optim.labels([*paths, *adapters], config.lora, config.optim, heads=heads)
+    names = {path: family.tensor(path) for path in paths}
+    everyone = [*paths, *adapters]
+    return targets, optim.labels(everyone, config.lora, config.optim, heads=heads, names=names)
 
 
 def _build(config: Config, model: LayerConfig, targets: Mapping[str, Spec], stacks) -> nnx.Module:

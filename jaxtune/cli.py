@@ -280,7 +280,11 @@ _VERBS: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, dict[str, 
         _WORKDIR
         | _STEP
         | {
-            "--format": {"choices": ("hf", "peft"), "default": "hf"},
+            "--format": {
+                "choices": ("hf", "peft", "serve"),
+                "default": "hf",
+                "help": "merged model; adapter; adapter where inference servers take it",
+            },
             "--out": {"metavar": "DIR"},
         },
     ),

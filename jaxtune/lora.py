@@ -51,12 +51,7 @@ def targets(
         listed. DoRA on experts. Adapter settings of a full fine-tune.
     """
     if lora.r == 0:
-        for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
-            if getattr(lora, key):
-                raise ConfigError(
-                    f"lora.{key} is {getattr(lora, key)} and lora.r=0 trains without adapters",
-                    fix=f"lora.r above 0, or no lora.{key}",
-                )
+        _check_unused(lora)
         return {}
     modules = {path: name.replace(".experts.0.", ".experts.") for path, name in modules.items()}
     kept = {p for p, name in modules.items() if p not in never and _adaptable(lora, p, name)}
@@ -118,6 +113,15 @@ def insert(model: Model, chosen: Mapping[str, Spec], lora: LoraConfig, rngs: nnx
                 dora=lora.use_dora,
             )
     return model
+
+
+def _check_unused(lora: LoraConfig) -> None:
+    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
+        if getattr(lora, key):
+            raise ConfigError(
+                f"lora.{key} is {getattr(lora, key)} and lora.r=0 trains without adapters",
+                fix=f"lora.r above 0, or no lora.{key}",
+            )
 
 
 def _specs(lora: LoraConfig, chosen: Mapping[str, str]) -> dict[str, Spec]:

@@ -43,7 +43,7 @@ def form(folder: Path, model: LayerConfig) -> Form:
     """How the model wants rows with a class, and the classes its checkpoint knows."""
     known = base_labels(files.read_json(folder / "config.json")) if model.num_labels else ()
     if isinstance(model, EncoderConfig):
-        return Form("first", model.types > 1, known)
+        return Form("first", model.typed_pairs, known)
     return Form("last", False, known)
 
 

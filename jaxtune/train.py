@@ -191,6 +191,8 @@ def prepare(config: Config, workdir: Path) -> Ready:
         state, progress = restored.state, Progress(**restored.meta["progress"])
         say(f"resuming at step {restored.step} of {steps}")
     else:
+        if assembly.new:
+            say(f"{folder} has no head for these classes, new: {', '.join(sorted(assembly.new))}")
         _say_size(config, assembly, steps, mesh)
     return Ready(
         config=config,

@@ -20,6 +20,7 @@ from jaxtune.hf import adapter as peft
 from jaxtune.hf import export as merged
 from jaxtune.hf import files
 from jaxtune.hf import tokenizer as tokenizers
+from jaxtune.models.blocks import LayerConfig
 from jaxtune.scoring import Score
 from jaxtune.scoring import evaluate as score
 from jaxtune.step import Program, jit_eval
@@ -75,11 +76,20 @@ def open_run(workdir: str | Path, step: int | None = None) -> Tuned:
         program,
         restored.step,
         restored.state.trainable,
-        {k: jnp.zeros_like(v) if k.endswith(".lora.B") else v for k, v in state.trainable.items()},
+        _untuned(config, state.trainable, frozen),
         frozen,
         tokenizer,
         templates.chat_template(tokenizer, config.data.template),
     )
+
+
+def _untuned(
+    config: Config, trainable: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """The trained leaves with which the model is its base, whatever adapter the run began from."""
+    lengths = setup.magnitudes(config, {**frozen, **trainable})
+    zeros = {k: jnp.zeros_like(v) for k, v in trainable.items() if k.endswith(".lora.B")}
+    return {k: v for k, v in {**trainable, **lengths, **zeros}.items() if k in trainable}
 
 
 def _restore(
@@ -101,7 +111,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores of the base and of the tuned model on the run's evaluation rows, or those of `data`.
 
-    Returns {"step", "rows", "base": {loss, perplexity, accuracy, tokens}, "tuned": {...}}.
+    Returns {"task", "step", "rows", "base": {loss, perplexity, accuracy, tokens}, "tuned": {...}}.
     """
     tuned = open_run(workdir, step)
     config = tuned.config
@@ -126,6 +136,7 @@ def evaluate(
             return score(eval_step, leaves, tuned.frozen, placed)._asdict()
 
     return {
+        "task": config.task,
         "step": tuned.step,
         "rows": len(rows),
         "base": scored(tuned.base),
@@ -135,12 +146,16 @@ def evaluate(
 
 def show_scores(scores: dict[str, Any]) -> None:
     """The scores as a table on stderr."""
-    table = Table(title=f"step {scores['step']}, {scores['base']['tokens']:,} tokens that count")
-    for column in ("", "loss", "perplexity", "token accuracy"):
+    rows = scores["task"] == "classify"
+    counted = f"{scores['base']['tokens']:,} {'rows' if rows else 'tokens that count'}"
+    table = Table(title=f"step {scores['step']}, {counted}")
+    columns = ("", "loss", "accuracy") if rows else ("", "loss", "perplexity", "token accuracy")
+    for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for name in ("base", "tuned"):
         one = Score(**scores[name])
-        table.add_row(name, f"{one.loss:.4f}", f"{one.perplexity:.3f}", f"{one.accuracy:.1%}")
+        perplexity = () if rows else (f"{one.perplexity:.3f}",)
+        table.add_row(name, f"{one.loss:.4f}", *perplexity, f"{one.accuracy:.1%}")
     stderr.print(table)
 
 
@@ -207,7 +222,7 @@ def export(
         for path, leaf in tuned.frozen.items()
         if ".lora." in path or path in assembly.new
     }
-    format = _format(config, leaves, format)
+    format = _format(config, assembly.model, leaves, format)
     common = (Path(out), assembly.folder, assembly.family, assembly.model, jax.device_get(leaves))
     if format == "hf":
         template = (tuned.template or "") if config.data.template else ""
@@ -223,18 +238,25 @@ def export(
 
 
 def _pad_token(tokenizer: Any) -> int | None:
-    """What transformers may pad a classifier's rows with: it tells rows apart by this token."""
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    return end if pad is None else pad
+    """What transformers may pad a classifier's rows with, when nothing is meant for it.
+
+    It reads the last token that is another one, so not the token that ends every row.
+    """
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    ended = tokenizer("a")["input_ids"][-1:]
+    return next((i for i in sorted(tokenizer.all_special_ids) if [i] != ended), None)
 
 
-def _format(config: Config, leaves: Mapping[str, Any], format: str) -> str:
+def _format(config: Config, model: LayerConfig, leaves: Mapping[str, Any], format: str) -> str:
     """`hf` or `peft`: what is asked for, as far as the adapter can be had in it."""
     if format == "hf" or config.lora.r == 0:
         return "hf" if format == "serve" else format
     refused = peft.refused_by_servers(config.lora, leaves)
-    if any(".experts." in path for path in leaves):
-        say(f"merged instead of {format}: {refused}, which PEFT's versions write differently")
+    if model.experts and any(".mlp." in path for path in leaves):
+        say(
+            f"merged instead of {format}: PEFT's versions write adapters beside experts differently"
+        )
         return "hf"
     if refused and format == "serve":
         say(f"merged instead of an adapter: {refused}, which inference servers do not take")

@@ -230,6 +230,16 @@ def test_every_expert_has_an_adapter_of_its_own():
     merged = tree.merge(graphdef, params)(tokens)
     np.testing.assert_allclose(found, merged, atol=1e-5)
     assert np.abs(found - before).max() > 3e-3
+    params[f"{module}.B"] = b_LERO
+
+    def hidden(seed: int, rate: float):
+        dropout = Dropout(jnp.float32(rate), jax.random.key(seed))
+        return tree.merge(graphdef, params).hidden(tokens, dropout=dropout)
+
+    plain = tree.merge(graphdef, params).hidden(tokens)
+    np.testing.assert_allclose(hidden(0, 0.0), plain, atol=1e-5)
+    assert np.abs(hidden(0, 0.5) - hidden(1, 0.5)).max() > 1e-3
+    np.testing.assert_array_equal(hidden(1, 0.5), hidden(1, 0.5))
 
 
 def _dora(dtype=jnp.float32) -> tuple[Any, jax.Array, jax.Array]:

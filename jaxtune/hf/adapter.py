@@ -58,17 +58,7 @@ def write_adapter(
       NumericsError: a value that is not finite.
       StorageError: the disk is full, or gives back other bytes than were written.
     """
-    if lora.r == 0:
-        raise ConfigError(
-            "--format=peft holds adapters, and a full fine-tune (lora.r=0) has none",
-            fix="--format=hf",
-        )
-    for path in trained:
-        # In a model of experts, peft takes the names of any feed-forward block for theirs.
-        if config.experts and ".mlp." in path:
-            raise ConfigError(
-                f"peft's versions do not agree on how {path} is to be written", fix="--format=hf"
-            )
+    _check_expressible(trained, lora, config)
     leaves = {path: leaf for path, leaf in trained.items() if not path.endswith(".lora.scale")}
     stored = files.tensors(base)
     names = _names(rows, leaves)
@@ -106,8 +96,8 @@ def write_adapter(
 def refused_by_servers(lora: LoraConfig, trained: Iterable[str]) -> str | None:
     """Why common inference servers do not take this adapter, or None if they do.
 
-    They read one rank, one alpha and the matrices A and B of the model's own projections, as vLLM's
-    PEFTHelper does. Patterns it passes over in silence, so that the scale comes out wrong.
+    What vLLM's PEFTHelper refuses; and patterns, which all but its latest versions pass over in
+    silence, so that the scale of some modules comes out wrong.
 
     Args:
       trained: paths of every leaf an adapter folder would hold.
@@ -334,6 +324,20 @@ def _untied(
 
 def _module(name: str) -> str:
     return name.removeprefix(_PREFIX).rsplit(".", 1)[0]
+
+
+def _check_expressible(trained: Iterable[str], lora: LoraConfig, config: LayerConfig) -> None:
+    if lora.r == 0:
+        raise ConfigError(
+            "--format=peft holds adapters, and a full fine-tune (lora.r=0) has none",
+            fix="--format=hf",
+        )
+    for path in trained:
+        # In a model of experts, peft takes the names of any feed-forward block for theirs.
+        if config.experts and ".mlp." in path:
+            raise ConfigError(
+                f"peft's versions do not agree on how {path} is to be written", fix="--format=hf"
+            )
 
 
 def _saved_modules(

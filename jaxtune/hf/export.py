@@ -9,6 +9,7 @@ Face's orientation, and the result is cast once:
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -140,36 +141,57 @@ def merged(
       ModelError: a trained leaf that does not belong to the base.
     """
     stored = files.tensors(base)
-    rows = rows.on_disk(stored)
-    kept = _without_head(stored, rows, config)
+    memory, rows = rows, rows.on_disk(stored)
+    kept, titles = _as_classifier(stored, memory, rows, config)
     changes, inputs_first = _changes(kept, rows, config, trained)
+    heads = {name for path, name in rows.keys.items() if path.startswith(rows.heads)}
     floating = next(t.dtype for t in kept.values() if _is_floating(t.dtype))
     last = list(kept.values())[-1].file.name
     result = {}
     for name in (*kept, *(name for name in changes if name not in kept)):
         tensor, change = kept.get(name), changes.get(name, {})
+        if name in heads and "value" in change:
+            tensor = None  # trained in full, and perhaps for another number of classes
         shape = change["value"]().shape if tensor is None else tensor.shape
         old = floating if tensor is None else tensor.dtype
         kind = dtype if dtype is not None and _is_floating(old) else old
         file = last if tensor is None else tensor.file.name
         read = partial(_merge, name, tensor, shape, change, scale, kind, name in inputs_first)
-        result[name] = Merged(kind, shape, file, bool(change), kind != old, read)
+        title = titles.get(name, name)
+        result[title] = Merged(kind, shape, file, bool(change), kind != old, read)
     return result
 
 
 Change = dict[str, Callable[[], np.ndarray]]  # "value", "A", "B", ... -> read when its turn comes
 
 
-def _without_head(
-    stored: dict[str, files.Tensor], rows: Family, config: Any
-) -> dict[str, files.Tensor]:
-    """A classifier's tensors: without the language model's head, which may hold the embedding."""
-    head = rows.keys.get("lm_head.embedding")
-    if not config.num_labels or head not in stored:
-        return stored
-    embedding = rows.keys["embed_tokens.embedding"]
-    moved = {} if embedding in stored else {embedding: stored[head]}
-    return moved | {name: tensor for name, tensor in stored.items() if name != head}
+def _as_classifier(
+    stored: dict[str, files.Tensor], memory: Family, rows: Family, config: Any
+) -> tuple[dict[str, files.Tensor], dict[str, str]]:
+    """-> (tensors a classifier keeps, {name: its new name}).
+
+    What becomes a classifier loses its other heads, one of which may hold the embedding. Its names
+    are transformers' own, which takes a checkpoint for one of the bare body otherwise.
+    """
+    heads = {name for path, name in rows.keys.items() if path.startswith(rows.heads)}
+    if not config.num_labels or heads & set(stored):
+        return stored, {}
+    head, embedding = (rows.keys.get(k) for k in ("lm_head.embedding", "embed_tokens.embedding"))
+    kept = {
+        name: tensor
+        for name, tensor in stored.items()
+        if name != head and not any(re.search(pattern, name) for pattern in rows.ignored)
+    }
+    if head in stored and embedding not in stored:
+        kept = {str(embedding): stored[str(head)], **kept}
+    counts = (config.num_layers, config.experts.count if config.experts else 1)
+    titles = {
+        rows.keys[path].format(i=layer, e=expert): name.format(i=layer, e=expert)
+        for path, name in memory.keys.items()
+        for layer in range(counts[0])
+        for expert in range(counts[1])
+    }
+    return kept, titles
 
 
 def _changes(

@@ -139,6 +139,7 @@ def _modernbert(hf: Fields) -> EncoderConfig:
         causal=False,
         learned_positions=False,
         final_norm=True,
+        float_rope=True,
         head_activation=hf.one_of("classifier_activation", "gelu", ACTIVATIONS),
         head_bias=bool(hf.get("classifier_bias")),
         head_norm=True,

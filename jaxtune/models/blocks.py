@@ -70,6 +70,7 @@ class LayerConfig:
     scale_by_layer: bool = False  # scores of layer i are also divided by i + 1
     softcap: float = 0.0  # of scores: softcap * tanh(scores / softcap)
     ropes: tuple[Rope, ...] = (Rope(),)
+    float_rope: bool = False  # rotates in float32, and not in the dtype of the computation
     rope_of: tuple[int, ...] = ()  # which of them each layer uses; empty: all the first
     windows: tuple[int, ...] = ()  # tokens each layer sees, 0 is all; empty: all of them
     bare_start: bool = False  # layer 0 has no norm before its attention (ModernBERT)
@@ -158,7 +159,8 @@ class Attention(nnx.Module):
     ):
         config = self.config
         q_BTNH, k_BSKH, v_BSKH = self._project(x_BTD, dropout)
-        sin, cos = (table[pattern.rope] for table in context.angles)
+        kind = jnp.float32 if config.float_rope else x_BTD.dtype
+        sin, cos = (table[pattern.rope].astype(kind) for table in context.angles)
         q_BTNH, k_BSKH = rotate(q_BTNH, sin, cos), rotate(k_BSKH, sin, cos)
         if self.config.scale_by_layer:
             q_BTNH = q_BTNH * jnp.asarray(pattern.scale, q_BTNH.dtype)

@@ -189,7 +189,14 @@ def _smollm3(f: Fields) -> DecoderConfig:
 
 
 def _olmo2(f: Fields) -> DecoderConfig:
-    return decoder(f, {"rms_norm_eps": 1e-5}, norm="rms_float", norms="post", qk_norm="width")
+    return decoder(
+        f,
+        {"rms_norm_eps": 1e-5},
+        norm="rms_float",
+        norms="post",
+        qk_norm="width",
+        float_rope=True,
+    )
 
 
 def _gpt2(f: Fields) -> DecoderConfig:

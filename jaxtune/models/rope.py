@@ -83,13 +83,15 @@ class Rope:
 
 
 def rotate(x_BTNH: jax.Array, sin_BTH: jax.Array, cos_BTH: jax.Array) -> jax.Array:
-    """Half-split rotation, Hugging Face's layout, of the first 2 * sin.shape[-1] dims of a head."""
+    """Half-split rotation, Hugging Face's layout, of the first 2 * sin.shape[-1] dims of a head.
+
+    In the dtype of sine and cosine, then rounded to that of x.
+    """
     sin, cos = sin_BTH[:, :, None, :], cos_BTH[:, :, None, :]
     half = sin_BTH.shape[-1]
-    x32 = x_BTNH.astype(jnp.float32)
-    a, b, rest = x32[..., :half], x32[..., half : 2 * half], x32[..., 2 * half :]
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
-    return turned.astype(x_BTNH.dtype)
+    a, b, rest = x_BTNH[..., :half], x_BTNH[..., half : 2 * half], x_BTNH[..., 2 * half :]
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x_BTNH.dtype), rest], axis=-1)
 
 
 # Which fields each rope_type reads, beside rope_theta and partial_rotary_factor.
