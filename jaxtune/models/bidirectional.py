@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtune.errors import ModelError
 from jaxtune.models.encoder import EncoderConfig
-from jaxtune.models.families import Family, Fields
+from jaxtune.models.families import Family, Fields, sliding_layers
 from jaxtune.models.layers import ACTIVATIONS
 from jaxtune.models.rope import Rope
 
@@ -107,16 +107,7 @@ def _modernbert(hf: Fields) -> EncoderConfig:
     _read(hf, "sparse_prediction", "sparse_pred_ignore_index", "deterministic_flash_attn")
     _read(hf, "reference_compile", "repad_logits_with_grad", "is_decoder")
     layers, every = hf.need("num_hidden_layers"), hf.get("global_attn_every_n_layers", 3)
-    kinds = hf.get("layer_types") or [
-        "sliding_attention" if i % every else "full_attention" for i in range(layers)
-    ]
-    for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ModelError(
-                f"config.json has {kind!r} in layer_types",
-                fix="full_attention or sliding_attention",
-            )
-    local = [kind == "sliding_attention" for kind in kinds]
+    local = sliding_layers(hf, layers, lambda i: i % every != 0)
     bias, half = bool(hf.get("attention_bias")), hf.get("local_attention", 128) // 2
     return EncoderConfig(
         vocab_size=hf.need("vocab_size"),

@@ -1,9 +1,9 @@
 """Attention, feed-forward and the layer around them: one block for every family, set by switches.
 
-Letters as in layers.py; R also counts the rotary tables of a model.
+Letters as in layers.py; also R rotary tables of a model, M rows that are each one expert's.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,10 +13,8 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
-from jaxtune import tree
 from jaxtune.kernels import experts
 from jaxtune.kernels.attention import attention
-from jaxtune.kernels.experts import Balance
 from jaxtune.models.layers import Dropout, Linear, Norm, activate, param
 from jaxtune.models.rope import Rope, rotate
 from jaxtune.sharding import constrain_batch
@@ -343,69 +341,3 @@ class Block(nnx.Module):
         else:
             given_BTD = self.mlp(before_mlp(x_BTD), dropout)
         return constrain_batch(add(x_BTD, given_BTD, after_mlp)), cache, balance
-
-
-# What the backward pass may keep of a layer instead of recomputing it.
-REMAT: dict[str, Callable[[Callable], Callable]] = {
-    "none": lambda layer: layer,
-    "dots": lambda layer: jax.checkpoint(
-        layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
-    "full": jax.checkpoint,
-}
-
-
-def make_layers(config: LayerConfig, stacks: tuple[tuple[int, int], ...], **kwargs) -> nnx.Dict:
-    """{"start-last": Block}: runs of layers whose parameters are stacked and scanned together.
-
-    `stacks` are runs [start, stop) that must not mix kinds of layers; by default the longest ones.
-    """
-    runs = stacks or tree.stacks(config.num_layers, config.kind)
-    return nnx.Dict(
-        {
-            f"{start}-{stop - 1}": Block(
-                config, config.kind(start), stack=(stop - start,), **kwargs
-            )
-            for start, stop in runs
-        }
-    )
-
-
-def run_layers(
-    layers: nnx.Dict,
-    config: LayerConfig,
-    x_BTD: jax.Array,
-    context: Context,
-    *,
-    remat: str,
-    dropout: Dropout | None = None,
-    caches: Mapping[str, Cache] | None = None,
-) -> tuple[jax.Array, dict[str, Cache | None], Balance | None]:
-    """Scans every stack in turn -> (x, new caches, sums over layers of the experts' balance)."""
-    new_caches: dict[str, Cache | None] = {}
-    balance = None
-    for salt, (name, stack) in enumerate(layers.items()):
-        graphdef, params = nnx.split(stack)
-        start, last = map(int, name.split("-"))
-        pattern = config.pattern(start, last + 1)
-        # What differs between the layers of a stack is scanned; what does not is a constant.
-        varying = Pattern(*(each if isinstance(each, np.ndarray) else None for each in pattern))
-
-        def layer(x_BTD, scanned, graphdef=graphdef, pattern=pattern):
-            params, key, cache, varying = scanned
-            drop = None if dropout is None else Dropout(dropout.rate, key)
-            pairs = zip(varying, pattern, strict=True)
-            own = Pattern(*(same if each is None else each for each, same in pairs))
-            module: Block = nnx.merge(graphdef, params)
-            x_BTD, cache, balance = module(x_BTD, context, own, drop, cache)
-            return x_BTD, (cache, balance)
-
-        keys = None
-        if dropout is not None:
-            keys = jax.random.split(jax.random.fold_in(dropout.key, salt), last + 1 - start)
-        scanned = (params, keys, None if caches is None else caches[name], varying)
-        x_BTD, (new_caches[name], sums) = jax.lax.scan(REMAT[remat](layer), x_BTD, scanned)
-        if sums is not None:
-            sums = jax.tree.map(lambda s: s.sum(axis=0), sums)
-            balance = sums if balance is None else jax.tree.map(jnp.add, balance, sums)
-    return x_BTD, new_caches, balance

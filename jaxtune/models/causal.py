@@ -13,9 +13,9 @@ from typing import Any
 from jaxtune.errors import ModelError
 from jaxtune.models.blocks import Experts
 from jaxtune.models.decoder import DecoderConfig
-from jaxtune.models.families import Family, Fields, unknown_fields
+from jaxtune.models.families import Family, Fields, sliding_layers, unknown_fields
 from jaxtune.models.layers import ACTIVATIONS
-from jaxtune.models.rope import Rope, rope_table
+from jaxtune.models.rope import Rope, rope_table, single_rope
 
 
 def decoder(f: Fields, defaults: Mapping[str, Any], **switches: Any) -> DecoderConfig:
@@ -32,8 +32,12 @@ def decoder(f: Fields, defaults: Mapping[str, Any], **switches: Any) -> DecoderC
     max_position = number("max_position_embeddings", 2048)
     act = "hidden_activation" if "hidden_activation" in defaults else "hidden_act"
     bias = bool(f.get("attention_bias", False))
-    rope = {} if "ropes" in switches else {"ropes": (_rope(f, defaults, head_dim, max_position),)}
-    values = {
+    rope: dict[str, Any] = (
+        {}
+        if "ropes" in switches
+        else {"ropes": (single_rope(f, defaults, head_dim, max_position),)}
+    )
+    values: dict[str, Any] = {
         "vocab_size": number("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": number("intermediate_size"),
@@ -105,7 +109,8 @@ def _gemma2(f: Fields) -> DecoderConfig:
 def _gemma3(f: Fields) -> DecoderConfig:
     period = int(f.get("sliding_window_pattern") or 6)
     window = int(f.get("sliding_window", 4096) or 0)
-    kinds = _layer_types(f, lambda i: (i + 1) % period != 0, layers=26)
+    layers = int(f.get("num_hidden_layers", 26))
+    kinds = sliding_layers(f, layers, lambda i: (i + 1) % period != 0)
     f.get("attn_logit_softcapping")  # stored, and not used by transformers
     both = dict(f.get("rope_parameters") or {})
     full = both.get("full_attention") or {"rope_theta": f.get("rope_theta", 1e6)}
@@ -128,9 +133,13 @@ def _gemma3(f: Fields) -> DecoderConfig:
     )
 
 
-def _gemma23(f: Fields, defaults: Mapping[str, Any], **switches: Any) -> DecoderConfig:
+def _gemma23(f: Fields, defaults: dict[str, Any], **switches: Any) -> DecoderConfig:
     f.get("hidden_act")  # an older field that hidden_activation has taken the place of
-    sizes = {"vocab_size": 256000, "intermediate_size": 9216, "num_attention_heads": 8}
+    sizes: dict[str, Any] = {
+        "vocab_size": 256000,
+        "intermediate_size": 9216,
+        "num_attention_heads": 8,
+    }
     sizes |= {"num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh"}
     return decoder(
         f,
@@ -285,42 +294,8 @@ def _typed(
     f: Fields, window: int, sliding: Callable[[int], bool], layers: int | None = None
 ) -> tuple[int, ...]:
     """The window in the layers of type sliding_attention, or where the family has it by default."""
-    kinds = _layer_types(f, sliding, layers)
+    kinds = sliding_layers(f, int(f.get("num_hidden_layers") or layers or 0), sliding)
     return tuple(window if kind else 0 for kind in kinds) if window else ()
-
-
-def _layer_types(
-    f: Fields, sliding: Callable[[int], bool], layers: int | None = None
-) -> tuple[bool, ...]:
-    """Which layers see a window only: `layer_types`, which rules, or the family's own pattern."""
-    count = int(f.get("num_hidden_layers") or layers or f.need("num_hidden_layers"))
-    kinds = f.get("layer_types")
-    if kinds is None:
-        return tuple(map(sliding, range(count)))
-    known = {"sliding_attention": True, "full_attention": False}
-    wrong = sorted(set(kinds) - set(known))
-    if wrong or len(kinds) != count:
-        raise ModelError(
-            f"config.json has {len(kinds)} layer_types for {count} layers, with {wrong or 'no'} "
-            "unknown ones",
-            fix=f"one of {', '.join(known)} a layer",
-        )
-    return tuple(known[kind] for kind in kinds)
-
-
-def _rope(f: Fields, defaults: Mapping[str, Any], head_dim: int, max_position: int) -> Rope:
-    """The one rotary table of most families."""
-    found = dict(f.get("rope_scaling") or f.get("rope_parameters") or {})
-    f.get("rope_parameters")
-    theta = f.get("rope_theta", defaults.get("rope_theta", 1e4))
-    partial = f.get("partial_rotary_factor")
-    if partial is not None:
-        found.setdefault("partial_rotary_factor", partial)
-    if "original" in defaults:  # Phi-3
-        found["original_max_position_embeddings"] = defaults["original"]
-        kind = found.get("rope_type", found.get("type", "default"))
-        found["rope_type"] = "longrope" if kind in ("su", "yarn") else kind
-    return rope_table(found, theta, head_dim, max_position)
 
 
 _LAYER = "layers.{i}."

@@ -9,8 +9,9 @@ from flax import nnx
 
 from jaxtune.kernels.experts import Balance
 from jaxtune.kernels.vocabulary import look_up
-from jaxtune.models.blocks import Cache, LayerConfig, context, make_layers, run_layers
+from jaxtune.models.blocks import Cache, LayerConfig, context
 from jaxtune.models.layers import Dropout, Embedding, Linear, Norm
+from jaxtune.models.stacks import make_layers, run_layers
 from jaxtune.sharding import constrain_batch
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune.kernels.vocabulary import look_up
-from jaxtune.models.blocks import LayerConfig, context, make_layers, run_layers
+from jaxtune.models.blocks import LayerConfig, context
 from jaxtune.models.layers import Dropout, Embedding, Linear, Norm, activate
+from jaxtune.models.stacks import make_layers, run_layers
 from jaxtune.sharding import constrain_batch
 
 

@@ -171,6 +171,22 @@ def read(
     return family, replace(config, num_labels=num_labels)
 
 
+def sliding_layers(fields: Fields, count: int, default: Callable[[int], bool]) -> tuple[bool, ...]:
+    """Which of `count` layers see a window only: `layer_types`, which rules, or the default."""
+    kinds = fields.get("layer_types")
+    if kinds is None:
+        return tuple(map(default, range(count)))
+    known = {"sliding_attention": True, "full_attention": False}
+    wrong = sorted(set(kinds) - set(known))
+    if wrong or len(kinds) != count:
+        raise ModelError(
+            f"config.json has {len(kinds)} layer_types for {count} layers"
+            + (f", unknown ones among them: {', '.join(wrong)}" if wrong else ""),
+            fix=f"one of {', '.join(known)} a layer",
+        )
+    return tuple(known[kind] for kind in kinds)
+
+
 def unknown_fields(fields: Fields) -> list[str]:
     """Fields that nobody read and that may change what a model computes."""
     return [name for name in fields.unread() if not _HARMLESS.fullmatch(name)]

@@ -165,3 +165,20 @@ def _factors(found: Mapping[str, Any], name: str, dims: int) -> tuple[float, ...
             f"config.json has {len(values)} numbers in {name}", fix=f"{dims // 2} of them"
         )
     return tuple(map(float, values))
+
+
+def single_rope(
+    f: Mapping[str, Any], defaults: Mapping[str, Any], head_dim: int, max_position: int
+) -> Rope:
+    """The one rotary table of most families, from a config.json in either style."""
+    found = dict(f.get("rope_scaling") or f.get("rope_parameters") or {})
+    f.get("rope_parameters")
+    theta = f.get("rope_theta", defaults.get("rope_theta", 1e4))
+    partial = f.get("partial_rotary_factor")
+    if partial is not None:
+        found.setdefault("partial_rotary_factor", partial)
+    if "original" in defaults:  # Phi-3
+        found["original_max_position_embeddings"] = defaults["original"]
+        kind = found.get("rope_type", found.get("type", "default"))
+        found["rope_type"] = "longrope" if kind in ("su", "yarn") else kind
+    return rope_table(found, theta, head_dim, max_position)

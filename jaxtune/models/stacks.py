@@ -1,0 +1,81 @@
+"""Layers stacked on axis 0 and scanned, so that compiling does not take longer for more of them."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxtune import tree
+from jaxtune.kernels.experts import Balance
+from jaxtune.models.blocks import Block, Cache, Context, LayerConfig, Pattern
+from jaxtune.models.layers import Dropout
+
+# What the backward pass may keep of a layer instead of recomputing it.
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda layer: layer,
+    "dots": lambda layer: jax.checkpoint(
+        layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "full": jax.checkpoint,
+}
+
+
+def make_layers(config: LayerConfig, stacks: tuple[tuple[int, int], ...], **kwargs) -> nnx.Dict:
+    """{"start-last": Block}: runs of layers whose parameters are stacked and scanned together.
+
+    `stacks` are runs [start, stop) that must not mix kinds of layers; by default the longest ones.
+    """
+    runs = stacks or tree.stacks(config.num_layers, config.kind)
+    return nnx.Dict(
+        {
+            f"{start}-{stop - 1}": Block(
+                config, config.kind(start), stack=(stop - start,), **kwargs
+            )
+            for start, stop in runs
+        }
+    )
+
+
+def run_layers(
+    layers: nnx.Dict,
+    config: LayerConfig,
+    x_BTD: jax.Array,
+    context: Context,
+    *,
+    remat: str,
+    dropout: Dropout | None = None,
+    caches: Mapping[str, Cache] | None = None,
+) -> tuple[jax.Array, dict[str, Cache], Balance | None]:
+    """Scans every stack in turn -> (x, new caches, sums over layers of the experts' balance).
+
+    Without caches what stands for the new ones is None each.
+    """
+    new_caches: dict[str, Cache] = {}
+    balance = None
+    for salt, (name, stack) in enumerate(layers.items()):
+        graphdef, params = nnx.split(stack)
+        start, last = map(int, name.split("-"))
+        pattern = config.pattern(start, last + 1)
+        # What differs between the layers of a stack is scanned; what does not is a constant.
+        varying = Pattern(*(each if isinstance(each, np.ndarray) else None for each in pattern))
+
+        def layer(x_BTD, scanned, graphdef=graphdef, pattern=pattern):
+            params, key, cache, varying = scanned
+            drop = None if dropout is None else Dropout(dropout.rate, key)
+            pairs = zip(varying, pattern, strict=True)
+            own = Pattern(*(same if each is None else each for each, same in pairs))
+            module: Block = nnx.merge(graphdef, params)
+            x_BTD, cache, balance = module(x_BTD, context, own, drop, cache)
+            return x_BTD, (cache, balance)
+
+        keys = None
+        if dropout is not None:
+            keys = jax.random.split(jax.random.fold_in(dropout.key, salt), last + 1 - start)
+        scanned = (params, keys, None if caches is None else caches[name], varying)
+        x_BTD, (new_caches[name], sums) = jax.lax.scan(REMAT[remat](layer), x_BTD, scanned)
+        if sums is not None:
+            sums = jax.tree.map(lambda s: s.sum(axis=0), sums)
+            balance = sums if balance is None else jax.tree.map(jnp.add, balance, sums)
+    return x_BTD, new_caches, balance
