@@ -12,7 +12,7 @@ quickstart: .venv/.installed
 	$(BIN)/python -m jaxtune.demo
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: .venv/.installed-test
 	$(BIN)/python -m pytest

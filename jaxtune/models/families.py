@@ -181,7 +181,7 @@ def sliding_layers(fields: Fields, count: int, default: Callable[[int], bool]) -
     if wrong or len(kinds) != count:
         raise ModelError(
             f"config.json has {len(kinds)} layer_types for {count} layers"
-            + (f", unknown ones among them: {', '.join(wrong)}" if wrong else ""),
+            + (f", unknown ones among them: {', '.join(map(repr, wrong))}" if wrong else ""),
             fix=f"one of {', '.join(known)} a layer",
         )
     return tuple(known[kind] for kind in kinds)
