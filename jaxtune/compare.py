@@ -47,6 +47,7 @@ class Side(NamedTuple):
     logits: Callable[[Any, str], Any] | None = None  # (tokens [1, T], dtype); None: an adapter
     tokenizer: Any = None
     dtype: str | None = None  # of the computation, where the model has one of its own
+    held: str = "float32"  # coarsest dtype in which it keeps its weights
     trained: Mapping[str, Readable] | None = None  # of a run and an adapter, under our paths
 
 
@@ -123,8 +124,12 @@ def _run(path: str) -> Side:
         with jax.set_mesh(run.mesh):
             return run.model()(rows_BT)[:1]
 
-    kind, trained = run.config.model.dtype, single_layers(leaves)
-    return Side(path, tensors, rows, config, logits, run.tokenizer, kind, trained)
+    kind, trained, held = (
+        run.config.model.dtype,
+        single_layers(leaves),
+        run.config.model.param_dtype,
+    )
+    return Side(path, tensors, rows, config, logits, run.tokenizer, kind, held, trained)
 
 
 def _adapter(path: str, other: str) -> Side:
@@ -161,7 +166,7 @@ def _logits(a: Side, b: Side, prompt: str) -> dict[str, Any] | None:
     x, y = (np.asarray(side.logits(tokens_BT, dtype), np.float64) for side in (a, b) if side.logits)
     if x.shape != y.shape:
         return None
-    kinds = [dtype, *(t.dtype for side in (a, b) for t in side.tensors.values())]
+    kinds = [dtype, a.held, b.held, *(t.dtype for s in (a, b) for t in s.tensors.values())]
     step = max(float(jnp.finfo(k).eps) for k in kinds if jnp.issubdtype(k, jnp.floating))
     most, largest = float(np.abs(x - y).max()), float(np.abs(x).max())
     same = x.argmax(-1) == y.argmax(-1)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from jaxtune import assemble, checkpoint, decoding, setup, sharding, tree
 from jaxtune.assemble import Assembly
-from jaxtune.config import Config
+from jaxtune.config import Config, MeshConfig
 from jaxtune.console import say, stderr
 from jaxtune.data import audit, pipeline, templates
 from jaxtune.errors import ConfigError, StorageError
@@ -58,7 +58,7 @@ def open_run(workdir: str | Path, step: int | None = None) -> Tuned:
     workdir = Path(workdir)
     config = setup.read_config(workdir)
     folder = files.resolve(config.model.path)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = _mesh(config)
     assembly = assemble.assemble(config, folder, mesh)
     program = setup.program(config, assembly, max(config.train.steps, 1))
     state, frozen = setup.initial(config, assembly, program, mesh)
@@ -81,6 +81,16 @@ def open_run(workdir: str | Path, step: int | None = None) -> Tuned:
         tokenizer,
         templates.chat_template(tokenizer, config.data.template),
     )
+
+
+def _mesh(config: Config) -> Mesh:
+    """The run's mesh, or on another machine the default one."""
+    try:
+        return sharding.make_mesh(config.mesh)
+    except ConfigError:
+        mesh = sharding.make_mesh(MeshConfig())
+        say(f"the run's mesh does not fit here: {mesh.size} device(s) share the model instead")
+        return mesh
 
 
 def _untuned(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -113,3 +114,14 @@ def test_an_encoder_writes_no_text_and_says_so(tmp_path):
     config = _config(base, _rows(tmp_path / "rows.jsonl", WORDS))
     with pytest.raises(ConfigError, match="task=sft needs a model that writes text"):
         fit(dataclasses.replace(config, task="sft"), tmp_path / "run")
+
+
+def test_a_run_of_another_machine_opens_on_the_devices_there_are(run, tmp_path, capsys):
+    folder, _ = run
+    shutil.copytree(folder / "run", tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    values = json.loads(file.read_text())
+    values["mesh"] |= {"data": 16, "fsdp": 1, "expert": 2}
+    file.write_text(json.dumps(values))
+    assert evaluate(tmp_path / "run")["tuned"]["accuracy"] == 1.0
+    assert "mesh does not fit here: 8 device(s)" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Config files people have: both styles, missing fields, fields nobody knows."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from jaxtune.models import families
 from jaxtune.models.rope import rope_table
 from tests import tiny
 
+PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text())
 GEMMA3 = {
     "model_type": "gemma3_text",
     "hidden_size": 16,
@@ -106,6 +108,23 @@ def test_old_and_new_rotary_settings_are_the_same_model():
     also = tiny.SIZES | {"rope_theta": 5e5, "rope_scaling": {"factor": 4.0, "type": "linear"}}
     assert families.read(old)[1] == families.read(new)[1] == families.read(also)[1]
     assert families.read(old)[1].ropes[0].factor == 4.0
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_config_files_are_understood(name):
+    """Fields as the hub's files have them (some shortened), among them many that say nothing."""
+    hf = PUBLISHED[name]
+    _, config = families.read(hf)
+    text = hf.get("text_config", hf)
+    layers = text.get("num_hidden_layers") or text.get("n_layers") or text.get("n_layer")
+    assert config.num_layers == layers
+    assert config.hidden_size == (text.get("hidden_size") or text.get("dim") or text["n_embd"])
+
+
+def test_a_window_that_is_switched_off_is_none():
+    assert families.read(PUBLISHED["Qwen2.5-0.5B"])[1].windows == ()
+    on = PUBLISHED["Qwen2.5-0.5B"] | {"use_sliding_window": True}
+    assert families.read(on)[1].windows == (0,) * 21 + (32768,) * 3
 
 
 def test_slots_of_stacks_and_experts():

@@ -76,8 +76,14 @@ def _qwen3(f: Fields) -> DecoderConfig:
 
 def _qwen_windows(f: Fields) -> tuple[int, ...]:
     last_full = int(f.get("max_window_layers", 28))
-    window = int(f.get("sliding_window", 4096) or 0) if f.get("use_sliding_window") else 0
-    return _typed(f, window, lambda i: i >= last_full)
+    return _typed(f, _switched_window(f, 4096), lambda i: i >= last_full)
+
+
+def _switched_window(f: Fields, default: int | None = None) -> int:
+    """A window that counts only where use_sliding_window says so; 0 is none."""
+    f.get("max_window_layers")
+    window = int(f.get("sliding_window", default) or 0)
+    return window if f.get("use_sliding_window") else 0
 
 
 _GEMMA: dict[str, Any] = {"head_dim": 256, "tie": True, "max_position_embeddings": 8192}
@@ -170,6 +176,8 @@ def _gemma3_wrapper(f: Fields) -> DecoderConfig:
 def _phi3(f: Fields) -> DecoderConfig:
     # The field outside of the rotary settings rules, also by its default.
     original = int(f.get("original_max_position_embeddings") or 4096)
+    for name in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini, where they are one
+        f.one_of(name, 1, (1,))
     defaults = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original": original}
     return decoder(
         f,
@@ -184,7 +192,7 @@ def _smollm3(f: Fields) -> DecoderConfig:
     layers = int(f.need("num_hidden_layers"))
     every = int(f.get("no_rope_layer_interval", 4))
     turns = f.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(layers)]
-    window = int(f.get("sliding_window") or 0) if f.get("use_sliding_window") else 0
+    window = _switched_window(f)
     defaults = {"num_key_value_heads": 4, "rope_theta": 2e6, "tie": True}
     config = decoder(
         f,
@@ -267,13 +275,11 @@ def _qwen3_moe(f: Fields) -> DecoderConfig:
         balance_weight=_balance_weight(f),
     )
     f.get("num_local_experts")
-    f.get("max_window_layers")  # transformers windows all layers of this family, or none
-    window = f.get("sliding_window", 4096) if f.get("use_sliding_window") else 0
     return decoder(
         f,
         {"num_key_value_heads": 4, "max_position_embeddings": 32768, "intermediate_size": 6144},
         qk_norm="head",
-        windows=_all(f, window),
+        windows=_all(f, _switched_window(f, 4096)),  # of all layers, or of none
         experts=experts,
         sparse=tuple(i not in dense and (i + 1) % every == 0 for i in range(layers)),
     )
@@ -381,7 +387,12 @@ CAUSAL: dict[str, Family] = {
         _gemma3_wrapper,
         keys(norms=(*_SANDWICH, *_QK), body="model.language_model."),
         untouched=(r"vision_tower\.", r"multi_modal_projector\."),
-        layouts=((("model.language_model.", "language_model.model."),),),
+        layouts=(
+            (
+                ("model.language_model.", "language_model.model."),
+                ("lm_head.", "language_model.lm_head."),
+            ),
+        ),
     ),
     "phi3": _family("Phi3", _phi3, keys(_PHI3_LINEARS)),
     "smollm3": _family("SmolLM3", _smollm3, keys()),

@@ -133,7 +133,8 @@ _HARMLESS = re.compile(
     r"|(max|min)_length|do_sample|top_[kp]|typical_p|temperature|num_(beams|beam_groups)"
     r"|num_return_sequences|\w+_penalty|no_repeat_ngram_size|early_stopping|summary_.*"
     r"|tokenizer_class|unsloth_\w+|chunk_size_feed_forward|use_bfloat16|torch_compile\w*"
-    r"|router_aux_loss_coef|output_router_logits"
+    r"|router_aux_loss_coef|output_router_logits|is_llama_config|transformers\.js_config"
+    r"|model_max_length|max_sequence_length"
 )
 
 
