@@ -48,7 +48,7 @@ def assemble(config: Config, folder: Path, mesh: Mesh) -> Assembly:
       ModelError: a model family or config that is not supported.
     """
     family, model = describe(config, folder)
-    leaves = _leaves(model)
+    leaves = load.leaves_of(model)
     new = load.missing_heads(folder, family, model, leaves) | _other_classes(config, folder, leaves)
     heads = tuple(path for path in leaves if path in new or _is_head(family, model, path))
     targets, labels = _decide(config, family, leaves, heads)
@@ -130,11 +130,6 @@ def _other_classes(config: Config, folder: Path, leaves: Mapping[str, Any]) -> s
     if len(wanted) == families.labels(hf) and known in ((), wanted):
         return set()
     return {path for path in leaves if path.startswith(("score.", "classifier."))}
-
-
-def _leaves(model: LayerConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """{path: shape} of the leaves as they are without adapters."""
-    return tree.split(nnx.eval_shape(lambda: load.module_of(model)(model, rngs=nnx.Rngs(0))))[1]
 
 
 def _is_head(family: Family, model: LayerConfig, path: str) -> bool:

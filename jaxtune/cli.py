@@ -191,8 +191,9 @@ def _convert(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, A
     written = convert(
         args.source, args.out, dtype=args.dtype, adapter=args.adapter, shard_bytes=shard
     )
-    say(f"{written.tensors} tensors ({written.bytes / 1e9:.2f} GB), {written.changed} of them "
-        f"changed by the adapter, written to {args.out} and verified")  # fmt: skip
+    changed = f", {written.changed} of them changed by the adapter," if args.adapter else ""
+    say(f"{written.tensors} tensors ({written.bytes / 1e9:.2f} GB){changed} written to {args.out} "
+        "and verified")  # fmt: skip
     return {"out": args.out, **written._asdict()}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,10 @@ from jaxtune.hf.verify import (
     Readable,
     by_canonical_name,
     compare_tensors,
+    distance,
     single_layers,
 )
+from jaxtune.models import families
 from jaxtune.models.families import Family
 from jaxtune.tuned import open_run
 
@@ -32,8 +35,8 @@ _WORST = 10  # rows of the table
 class Differs(ModelError):
     """Two sides that are not the same; `result` is what `verify` would have returned."""
 
-    def __init__(self, what: str, result: dict[str, Any]):
-        super().__init__(what, fix="the table above")
+    def __init__(self, what: str, result: dict[str, Any], fix: str):
+        super().__init__(what, fix=fix)
         self.result = result
 
 
@@ -49,6 +52,7 @@ class Side(NamedTuple):
     dtype: str | None = None  # of the computation, where the model has one of its own
     held: str = "float32"  # coarsest dtype in which it keeps its weights
     trained: Mapping[str, Readable] | None = None  # of a run and an adapter, under our paths
+    strange: Mapping[str, Any] = MappingProxyType({})  # fields of config.json that we do not know
 
 
 def verify(a: str, b: str, prompt: str = PROMPT) -> dict[str, Any]:
@@ -61,8 +65,9 @@ def verify(a: str, b: str, prompt: str = PROMPT) -> dict[str, Any]:
       a, b: Hugging Face folders, hub ids, workdirs of runs, or PEFT adapter folders.
 
     Returns:
-      {"tensors", "differ", "beyond_rounding", "worst": fields of `Difference`, "logits": None or
-      {"positions", "same_argmax", "most", "largest", "alike"}}.
+      {"tensors", "differ", "beyond_rounding", "worst": fields of `Difference`, "settings": what
+      config.json says otherwise, "logits": None or {"positions", "same_argmax", "most", "largest",
+      "alike"}}.
 
     Raises:
       Differs: by more than rounding.
@@ -84,13 +89,29 @@ def verify(a: str, b: str, prompt: str = PROMPT) -> dict[str, Any]:
         "worst": [d._asdict() for d in differences[:_WORST]],
         "logits": _logits(left, right, prompt) if whole else None,
     }
+    settings = _settings(left, right) if whole else []
+    result["settings"] = settings
     _show(result, differences)
     if beyond:
         what = f"{a} and {b} differ in {len(beyond)} of {len(names)} tensors, such as"
-        raise Differs(f"{what} {beyond[0].name}", result)
+        raise Differs(f"{what} {beyond[0].name}", result, "the table above")
+    if settings:
+        what = f"{a} and {b} have the same tensors, and other models in config.json"
+        raise Differs(f"{what}: {'; '.join(settings)}", result, "the config.json of the weights")
     if result["logits"] and not result["logits"]["alike"]:
-        raise Differs(f"{a} and {b} have the same tensors and other logits", result)
+        what = f"{a} and {b} have the same tensors and other logits on the prompt"
+        raise Differs(what, result, "the same model.dtype and model.param_dtype on both sides")
     return result
+
+
+def _settings(a: Side, b: Side) -> list[str]:
+    """What config.json says otherwise on the two sides, of all that changes the maths."""
+    values = [vars(side.config) | side.strange for side in (a, b)]
+    return [
+        f"{name} {values[0].get(name)} and {values[1].get(name)}"
+        for name in {**values[0], **values[1]}
+        if values[0].get(name) != values[1].get(name)
+    ]
 
 
 def _open(path: str, other: str) -> Side:
@@ -99,8 +120,11 @@ def _open(path: str, other: str) -> Side:
     if (Path(path) / adapter.CONFIG).is_file():
         return _adapter(path, other)
     folder = files.resolve(path)
-    # A field that changes the maths does so on both sides.
-    ignore = tuple(files.read_json(folder / "config.json"))
+    strange = families.strange(files.read_json(folder / "config.json"))
+    if strange:
+        say(f"warning: {path} has fields jaxtune does not know, which its logits here do without: "
+            f"{', '.join(strange)}")  # fmt: skip
+    ignore = tuple(strange)
     rows, config = load.read_config(folder, ignore=ignore)
     tensors = by_canonical_name(files.tensors(folder), rows, config)
 
@@ -109,7 +133,7 @@ def _open(path: str, other: str) -> Side:
 
     has = tokenizer_files(str(folder))
     tokenizer = load_tokenizer(str(folder), config.vocab_size) if has else None
-    return Side(path, tensors, rows, config, logits, tokenizer)
+    return Side(path, tensors, rows, config, logits, tokenizer, strange=strange)
 
 
 def _run(path: str) -> Side:
@@ -139,8 +163,8 @@ def _adapter(path: str, other: str) -> Side:
     else:
         settings = files.read_json(Path(path) / adapter.CONFIG)
         base = files.resolve(str(settings.get("base_model_name_or_path")))
-    ignore = tuple(files.read_json(base / "config.json"))
-    rows, config = load.read_config(base, ignore=ignore)
+    strange = families.strange(files.read_json(base / "config.json"))
+    rows, config = load.read_config(base, ignore=tuple(strange))
     leaves = single_layers(adapter.open_adapter(Path(path), rows, config))
     return Side(path, leaves, rows, config, trained=leaves)
 
@@ -168,7 +192,8 @@ def _logits(a: Side, b: Side, prompt: str) -> dict[str, Any] | None:
         return None
     kinds = [dtype, a.held, b.held, *(t.dtype for s in (a, b) for t in s.tensors.values())]
     step = max(float(jnp.finfo(k).eps) for k in kinds if jnp.issubdtype(k, jnp.floating))
-    most, largest = float(np.abs(x - y).max()), float(np.abs(x).max())
+    most = float(distance(x, y).max())
+    largest = float(np.abs(x, where=np.isfinite(x), out=np.zeros_like(x)).max())
     same = x.argmax(-1) == y.argmax(-1)
     return {
         "positions": same.size,

@@ -193,6 +193,8 @@ def prepare(config: Config, workdir: Path) -> Ready:
     else:
         if assembly.new:
             say(f"{folder} has no head for these classes, new: {', '.join(sorted(assembly.new))}")
+        elif config.task == "classify":
+            say(f"the head of {folder} is kept, its classes are: {', '.join(config.data.labels)}")
         _say_size(config, assembly, steps, mesh)
     return Ready(
         config=config,

@@ -256,7 +256,7 @@ def test_magnitudes_of_dora(base, tmp_path):
         _read(tmp_path / "out", base)
     del stored[name]
     save_file(stored, file)
-    with pytest.raises(ModelError, match=r"rank 3 and without \['magnitude'\]"):
+    with pytest.raises(ModelError, match=r"q_proj without magnitude, .* rank 3"):
         _read(tmp_path / "out", base, lora, trained)
 
 
@@ -435,7 +435,7 @@ def test_tensors_that_we_cannot_place_are_named(folder, base, name):
 
 def test_a_rank_that_is_not_the_configs_is_refused(folder, base):
     _change(folder, r=4)
-    with pytest.raises(ModelError, match=r"q_proj with rank 3 .* says rank 4"):
+    with pytest.raises(ModelError, match=r"q_proj with rank 3, .* says rank 4"):
         _read(folder, base, LoraConfig(r=4, alpha=6.0))
 
 

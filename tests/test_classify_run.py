@@ -86,6 +86,10 @@ def test_other_classes_than_the_bases_start_the_head_anew(run, tmp_path, capsys)
     export(folder / "run", tmp_path / "base")
     three = {"warm": "hot", "cold": "icy"}
     config = _config(tmp_path / "base", _rows(tmp_path / "rows.jsonl", three))
+    one = dataclasses.replace(config.train, steps=1)
+    fit(dataclasses.replace(config, train=one), tmp_path / "two")  # the data's own classes
+    assert "2 classes of the training rows: " in (said := capsys.readouterr().err)
+    assert "no head for these classes, new: score.kernel" in said
     data = dataclasses.replace(config.data, labels=("hot", "icy", "mild"))
     short = dataclasses.replace(config.train, steps=1)
     fit(dataclasses.replace(config, data=data, train=short), tmp_path / "run")
@@ -101,7 +105,7 @@ def test_the_bases_own_classes_keep_its_head(run, tmp_path, capsys):
     config = _config(tmp_path / "base", _rows(tmp_path / "rows.jsonl", WORDS))
     short = dataclasses.replace(config.train, steps=1)
     result = fit(dataclasses.replace(config, train=short), tmp_path / "run")
-    assert "no head" not in capsys.readouterr().err
+    assert "is kept, its classes are: bad, good" in capsys.readouterr().err
     assert result["loss_before"] < 0.1  # it goes on from what it knows
 
 

@@ -168,7 +168,7 @@ def test_what_float16_cannot_hold_is_named(base, tmp_path):
 
 
 def test_fields_and_pickles(base, tmp_path):
-    """Unknown fields are no matter for a conversion; pickled weights are never opened."""
+    """Unknown fields do not stop a conversion; pickled weights are never opened."""
     hf = json.loads((base / "config.json").read_text()) | {"new_maths": 3}
     (base / "config.json").write_text(json.dumps(hf))
     convert(str(base), tmp_path / "out")
@@ -193,3 +193,15 @@ def test_the_verb(base, tmp_path, capsys):
     assert main(["convert", str(base), f"{out}2", "--shard-size=lots"]) == ConfigError.exit_code
     assert "--shard-size=lots is no size" in capsys.readouterr().err
     assert not Path(f"{out}2").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_its_config_is_not_copied(base, tmp_path):
+    values = _values(base)
+    lost = values.pop(f"{Q.format(1)}.weight")
+    save_file(values, base / "model.safetensors")
+    with pytest.raises(ModelError, match="1 missing"):
+        convert(str(base), tmp_path / "out")
+    save_file(values | {f"{Q.format(1)}.weight": lost[:8]}, base / "model.safetensors")
+    with pytest.raises(ModelError, match="1 wrong shape"):
+        convert(str(base), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -33,7 +33,7 @@ def test_a_family_we_lack_names_the_closest():
 
 
 def test_a_config_without_a_model_type_is_an_error():
-    with pytest.raises(ModelError, match="model_type None"):
+    with pytest.raises(ModelError, match="has no model_type"):
         families.read({"vocab_size": 3})
 
 

@@ -156,3 +156,37 @@ def test_a_run_and_its_exports(run, capsys):
         compare.verify(base, workdir)
     with pytest.raises(ModelError, match="a whole checkpoint"):
         compare.verify(base, str(run / "peft"))
+
+
+def test_another_config_with_the_same_tensors_is_named(base, tmp_path):
+    other = Path(_changed(base, tmp_path / "other", lambda values: None))
+    _set(other, rope_theta=5e5)
+    with pytest.raises(ModelError, match=r"other models in config.json: ropes .*500000"):
+        compare.verify(str(base), str(other))
+    _set(other, rope_theta=1e4, use_cache=False, transformers_version="4.0")
+    assert compare.verify(str(base), str(other))["settings"] == []
+
+
+def test_fields_nobody_knows_are_a_warning_and_a_difference(base, tmp_path, capsys):
+    other = Path(_changed(base, tmp_path / "other", lambda values: None))
+    _set(other, logit_scale=2.0)
+    compare.verify(str(other), str(other))
+    assert "warning: " in (said := capsys.readouterr().err)
+    assert "logit_scale" in said
+    with pytest.raises(ModelError, match=r"logit_scale None and 2.0"):
+        compare.verify(str(base), str(other))
+
+
+def test_equal_folders_that_hold_a_nan_are_equal(base, tmp_path):
+    def spoil(values):
+        values["model.norm.weight"][3] = np.nan
+
+    spoilt = _changed(base, tmp_path / "spoilt", spoil)
+    assert compare.verify(spoilt, spoilt)["differ"] == 0
+    with pytest.raises(ModelError, match=r"differ in 1 of \d+ tensors, such as model.norm.weight"):
+        compare.verify(str(base), spoilt)
+
+
+def _set(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))

@@ -163,7 +163,8 @@ def assign(
 ) -> tuple[tuple[str, ...], dict[str, list[int]]]:
     """-> (the classes in order, the number of each example's class in every split).
 
-    The classes are `data.labels`, else the base's own, else those of the split "train".
+    The classes are `data.labels`, else the base's own where the rows know any of them, else those
+    of the split "train".
 
     Raises:
       DataError: fewer than two classes, or a label that is none of them.
@@ -185,10 +186,11 @@ def _choose(
 ) -> tuple[tuple[str, ...], str]:
     """The classes in order, and where they come from; numbers by value, names by the alphabet."""
     found = {example.label for example in examples}
+    known = form.labels if _shared(found, form.labels) else ()
     digits = all(_NUMBER.fullmatch(label) for label in found)
     candidates = (
         (tuple(label.strip() for label in setting), "data.labels"),
-        (form.labels, "the base's config.json"),
+        (known, "the base's config.json"),
         (tuple(sorted(found, key=int if digits else str)), "the training rows"),
     )
     labels, origin = next(item for item in candidates if item[0])
@@ -198,6 +200,12 @@ def _choose(
             fix="two or more, each once",
         )
     return labels, origin
+
+
+def _shared(found: set[str], known: Sequence[str]) -> bool:
+    """Whether rows speak of the classes of a base at all, by name or number."""
+    numbers = {str(place) for place in range(len(known))}
+    return bool(found & {*known, *numbers})
 
 
 def _numbers(examples: Sequence[Example], labels: Sequence[str], origin: str) -> list[int]:

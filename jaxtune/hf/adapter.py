@@ -151,9 +151,10 @@ def open_adapter(folder: Path, rows: Family, config: LayerConfig) -> dict[str, n
         parts = ("B", "magnitude") if lora.use_dora else ("B",)
         lost = [part for part in parts if f"{module}.lora.{part}" not in found]
         if lost or rank != own.rank:
+            wrong = f"{name} without {lost[0]}" if lost else f"{name} with rank {rank}"
             raise ModelError(
-                f"{folder} has {name} with rank {rank} and without {lost or 'nothing'}, its "
-                f"{CONFIG} says rank {own.rank} and use_dora {lora.use_dora}",
+                f"{folder} has {wrong}, and its {CONFIG} says rank {own.rank}, use_dora "
+                f"{lora.use_dora}",
                 fix="fetch it again",
             )
         found[f"{module}.lora.scale"] = _leading(module, np.asarray(own.scale, np.float32))

@@ -11,6 +11,7 @@ from jaxtune.console import say
 from jaxtune.hf import files, load
 from jaxtune.hf.adapter import open_adapter
 from jaxtune.hf.export import Export, write_merged
+from jaxtune.models import families
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -43,15 +44,19 @@ def convert(
       StorageError: the disk is full, or gives back other bytes than were written.
     """
     base = files.resolve(source)
-    # Fields that change the maths are no matter here: only names and shapes are asked for.
-    ignore = tuple(files.read_json(base / "config.json"))
+    # Fields nobody knows do not stop a copy: only names and shapes are asked for.
+    ignore = tuple(families.strange(files.read_json(base / "config.json")))
+    if ignore:
+        say(f"warning: config.json has fields jaxtune does not know: {', '.join(ignore)}")
     rows, config = load.read_config(base, ignore=ignore)
+    load.check_fits(base, rows, config)
     trained: dict[str, Any] = {}
     if adapter is not None:
         folder = files.resolve(adapter)
         trained = open_adapter(folder, rows, config)
         if _changes_nothing(trained):
             say(f"warning: {folder} changes nothing: every B in it is zero")
+            trained = {}
         classes = _classes(trained)
         if classes:
             rows, config = load.read_config(base, num_labels=classes, ignore=ignore)

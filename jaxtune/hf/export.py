@@ -320,6 +320,9 @@ def _config_edits(
             edits["label2id"] = {name: i for i, name in enumerate(names)}
         if hf.get("pad_token_id") is None and pad_token is not None:
             edits["pad_token_id"] = pad_token
+        inner = hf.get("text_config") or {}  # a wrapper's, where null is not the same as missing
+        if pad_token is not None and "pad_token_id" in inner and inner["pad_token_id"] is None:
+            edits["text_config"] = inner | {"pad_token_id": pad_token}
     return {name: value for name, value in edits.items() if hf.get(name) != value}
 
 

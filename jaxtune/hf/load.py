@@ -69,6 +69,11 @@ def module_of(config: Any) -> Any:
     return Decoder if isinstance(config, DecoderConfig) else Encoder
 
 
+def leaves_of(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape} of a model's leaves, without adapters."""
+    return tree.split(nnx.eval_shape(lambda: module_of(config)(config, rngs=nnx.Rngs(0))))[1]
+
+
 def read_config(
     folder: Path, *, num_labels: int | None = None, ignore: Collection[str] = ()
 ) -> tuple[Family, Any]:
@@ -92,6 +97,16 @@ def missing_heads(
         if names.isdisjoint(stored):
             missing |= paths
     return frozenset(missing)
+
+
+def check_fits(folder: Path, rows: Family, config: Any) -> None:
+    """Raises ModelError, as `load_params`, where a checkpoint does not fit its config.json."""
+    shapes = leaves_of(config)
+    new = missing_heads(folder, rows, config, shapes)
+    stored = files.tensors(folder)
+    rows = rows.on_disk(stored)
+    slots = {path: rows.slots(path, config) for path in shapes if path not in new}
+    _check(folder, _untie(stored, rows, config), slots, shapes, rows, config)
 
 
 def load_params(
@@ -184,6 +199,8 @@ def _turn(values: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
     small = values.nbytes < _CHUNK // 4
     if small or not {values.dtype, dtype} <= _FAST or _host() is None:
         return None
+    if values.dtype == dtype:
+        return np.asarray(jax.device_put(values.T, _host()))
     return np.asarray(_transpose(dtype)(jax.device_put(values, _host())))
 
 

@@ -131,11 +131,18 @@ def _values(name: str, a: Readable, b: Readable) -> list[Difference]:
     floor = 8 * _step(np.dtype(np.float32)) * largest if step else 0.0
     for start in blocks:
         x, y = _wide(left[start : start + _BLOCK]), _wide(right[start : start + _BLOCK])
-        apart = np.abs(x - y)
-        count += int(np.count_nonzero(x != y))
+        apart = distance(x, y)
+        count += int(np.count_nonzero(apart))
         most = max(most, float(apart.max()))
         alike &= bool(np.all(apart <= step * np.maximum(np.abs(x), np.abs(y)) + floor))
     return [Difference(name, "values", _kind(a), _kind(b), count, most, alike)] if count else []
+
+
+def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Absolute differences; none between two NaN, or two infinities, and no end beside one NaN."""
+    with np.errstate(invalid="ignore"):
+        apart = np.nan_to_num(np.abs(x - y), nan=np.inf, posinf=np.inf)
+    return np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, apart)
 
 
 def _wide(values: np.ndarray) -> np.ndarray:

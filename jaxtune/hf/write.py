@@ -44,7 +44,9 @@ def staged(out: Path) -> Iterator[Path]:
     made: list[Path] = []
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"{out} exists and is not an empty folder", fix="another --out")
+            raise ConfigError(
+                f"{out} exists and is not an empty folder", fix="a folder that is new or empty"
+            )
         made = [parent for parent in out.parents if not parent.exists()]
         _sweep(out)
         stage.mkdir(parents=True)

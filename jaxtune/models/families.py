@@ -193,6 +193,13 @@ def unknown_fields(fields: Fields) -> list[str]:
     return [name for name in fields.unread() if not _HARMLESS.fullmatch(name)]
 
 
+def strange(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json for which `read` would stop."""
+    fields = Fields(hf)
+    _find(hf).config(fields)
+    return {name: hf[name] for name in unknown_fields(fields)}
+
+
 def labels(hf: Mapping[str, Any]) -> int:
     """Classes a config.json speaks of; transformers' default is two."""
     return int(hf.get("num_labels") or len(hf.get("id2label") or ()) or 2)
@@ -204,6 +211,8 @@ def _find(hf: Mapping[str, Any]) -> Family:
 
     families = CAUSAL | BIDIRECTIONAL
     name = hf.get("model_type")
+    if not name:
+        raise ModelError("config.json has no model_type", fix="a Hugging Face model folder")
     if name not in families:
         close = difflib.get_close_matches(str(name), families, n=1, cutoff=0.0)
         raise ModelError(
