@@ -7,9 +7,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Programs in flight on eight devices and two cores can wait for each other for ever.
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
-# Tests that start processes compile the same programs again and again.
-cache = Path(__file__).parents[1] / ".pytest_cache" / "jax"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+# Tests compile the same programs again and again: 5 minutes with what was kept, 12 without.
+caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "jaxtune" / "tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
