@@ -27,7 +27,10 @@ class ModelConfig:
     path: str = ""  # Hugging Face folder or hub id
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # frozen weights; trained are float32
-    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes, per layer
+    # What the backward pass recomputes of a layer (models/stacks.py); auto: as little as fits
+    remat: Literal["auto", "none", "dots", "projections", "attention", "full", "offload"] = "auto"
+    # How the frozen projections are kept; they are read from the checkpoint as it is
+    quantize: Literal["none", "int8", "int4", "nf4", "fp8"] = "none"
     ignore: tuple[str, ...] = ()  # fields of config.json to disregard although they are unknown
     # Weight of the experts' load balancing loss; None is the checkpoint's own, as in transformers
     router_aux: float | None = None
@@ -108,9 +111,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
+    slices: int = 0  # TPU slices joined by a slower network, a copy of the model each; 0: as found
     data: int = 1  # copies of the model
     fsdp: int = -1  # shards of weights and batch; -1 is all remaining devices
     expert: int = 1  # shards of a mixture's experts; they share out the batch as fsdp does
+    context: int = 1  # parts of each row, for rows too long for one device
     tensor: int = 1  # shards of each matrix
 
 

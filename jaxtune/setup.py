@@ -14,10 +14,11 @@ from jaxtune import assemble, config, optim, sharding, tree
 from jaxtune.assemble import Assembly
 from jaxtune.config import Config
 from jaxtune.console import say
-from jaxtune.data.labels import Form, base_labels
+from jaxtune.data.labels import Form
 from jaxtune.data.packing import Batch
 from jaxtune.errors import ConfigError
 from jaxtune.hf import adapter, files
+from jaxtune.models import families
 from jaxtune.models.blocks import LayerConfig
 from jaxtune.models.encoder import EncoderConfig
 from jaxtune.objectives.classify import classify
@@ -41,7 +42,9 @@ def within_positions(config: Config, model: LayerConfig) -> Config:
 
 def form(folder: Path, model: LayerConfig) -> Form:
     """How the model wants rows with a class, and the classes its checkpoint knows."""
-    known = base_labels(files.read_json(folder / "config.json")) if model.num_labels else ()
+    known: tuple[str, ...] = ()
+    if model.num_labels:
+        known = families.base_labels(files.read_json(folder / "config.json"))
     if isinstance(model, EncoderConfig):
         return Form("first", model.typed_pairs, known)
     return Form("last", False, known)
@@ -116,9 +119,34 @@ def abstract(state: TrainState) -> TrainState:
     )
 
 
+def abstract_inputs(
+    config: Config, assembly: Assembly, program: Program, mesh: Mesh
+) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct], Batch]:
+    """What `train_step` takes in this run, as shapes in their places: nothing is read or made."""
+    trainable, frozen = tree.partition(assembly.shapes, assembly.groups)
+    whole = NamedSharding(mesh, P())
+
+    def placed(path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # Moments are kept under the path of what they belong to; all else is on every device.
+        owner = trainable.get(getattr(path[-1], "key", ""))
+        same = owner is not None and owner.shape == leaf.shape
+        place = owner.sharding if owner is not None and same else whole
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    state = jax.eval_shape(lambda leaves: init_state(program, leaves), trainable)
+    state = jax.tree_util.tree_map_with_path(placed, state)
+    rows = NamedSharding(mesh, sharding.TOKENS)
+    shape = (config.train.batch_size, config.data.max_length)
+    kinds = {name: jnp.float32 if name == "weights" else jnp.int32 for name in Batch._fields}
+    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for name, kind in kinds.items()}
+    if not (isinstance(assembly.model, EncoderConfig) and assembly.model.typed_pairs):
+        batch["types"] = None
+    return state, frozen, Batch(**batch)
+
+
 def to_mesh(batches: Iterable[Batch], mesh: Mesh) -> Iterator[Batch]:
     """This host's rows -> global batches, cut over the batch axes of the mesh."""
-    rows = NamedSharding(mesh, P(sharding.BATCH, None))
+    rows = NamedSharding(mesh, sharding.TOKENS)
     for batch in batches:
         yield jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 

@@ -6,13 +6,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.config import MeshConfig
 from jaxtune.errors import ConfigError
 
-BATCH = ("data", "fsdp", "expert")  # mesh axes that share out the rows of a batch
+BATCH = ("slices", "data", "fsdp", "expert")  # mesh axes that share out the rows of a batch
+CONTEXT = "context"  # the one that shares out the tokens of a row
+AXES = (*BATCH, CONTEXT, "tensor")
+TOKENS = P(BATCH, CONTEXT)  # of arrays [B, T]
 
 # The vocabulary and every matrix are cut over fsdp; heads and mlp over tensor as well.
 _LOGICAL = {
@@ -25,9 +29,16 @@ _LOGICAL = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh with axes data, fsdp, expert, tensor; one may be -1 and takes the remaining devices."""
+    """Mesh with the axes AXES; one may be -1 and takes the remaining devices.
+
+    Neighbours on a TPU's torus are neighbours in the mesh; slices are joined by the slower network.
+
+    Raises:
+      ConfigError: sizes that do not fill the devices.
+    """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {name: getattr(config, name) for name in (*BATCH, "tensor")}
+    sizes = {name: getattr(config, name) for name in AXES}
+    sizes["slices"] = sizes["slices"] or len({getattr(d, "slice_index", 0) for d in devices})
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(free) == 1 and known > 0:
@@ -39,8 +50,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             fix="sizes whose product is the number of devices, at most one of them -1",
         )
     # Explicit is the default since jax 0.10 and refuses the propagation this code relies on.
-    grid = np.asarray(devices).reshape(tuple(sizes.values()))
+    grid = _arrange(devices, tuple(sizes.values()))
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Devices in the shape of a mesh whose first axis are the slices."""
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    by_slice = sorted(devices, key=lambda d: getattr(d, "slice_index", 0))
+    parts = np.asarray(by_slice).reshape(shape[0], -1)
+    inner = [
+        mesh_utils.create_device_mesh(shape[1:], list(part), allow_split_physical_axes=True)
+        for part in parts
+    ]
+    return np.stack(inner)
+
+
+def platform() -> str:
+    """Where the program being traced will run: cpu, gpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P:
@@ -65,8 +95,8 @@ def param_shardings(
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Pins the first axis of an activation to the batch axes of the current mesh, if any."""
+    """Pins an activation [B, T, ...] to the batch and context axes of the current mesh, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, P(BATCH, *[None] * (x.ndim - 1)))
+    return jax.lax.with_sharding_constraint(x, P(*TOKENS, *[None] * (x.ndim - 2)))

@@ -11,13 +11,15 @@ from jaxtune.errors import ConfigError
 
 def test_one_axis_takes_the_devices_that_remain():
     assert dict(sharding.make_mesh(MeshConfig()).shape) == {
+        "slices": 1,
         "data": 1,
         "fsdp": 8,
         "expert": 1,
+        "context": 1,
         "tensor": 1,
     }
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, expert=-1, tensor=2))
-    assert tuple(mesh.shape.values()) == (2, 1, 2, 2)
+    assert tuple(mesh.shape.values()) == (1, 2, 1, 2, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -25,8 +27,8 @@ def test_one_axis_takes_the_devices_that_remain():
     [MeshConfig(expert=3), MeshConfig(fsdp=2, expert=2), MeshConfig(fsdp=-1, expert=-1)],
 )
 def test_sizes_that_do_not_fill_the_devices(mesh):
-    named = f"mesh.data=1, mesh.fsdp={mesh.fsdp}, mesh.expert={mesh.expert}, mesh.tensor=1"
-    with pytest.raises(ConfigError, match=f"{named} does not fill 8 devices"):
+    named = f"mesh.data=1, mesh.fsdp={mesh.fsdp}, mesh.expert={mesh.expert}, mesh.context=1, mesh"
+    with pytest.raises(ConfigError, match=rf"{named}\.tensor=1 does not fill 8 devices"):
         sharding.make_mesh(mesh)
 
 
@@ -37,7 +39,34 @@ def test_experts_are_cut_over_their_own_axis():
     assert sharding.spec(axes, (3, 7, 4, 5), mesh) == P(None, None, "fsdp", None)  # 7 experts
 
 
-def test_rows_are_shared_out_over_all_but_the_tensor_axis():
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))):
-        x = jax.jit(sharding.constrain_batch)(jax.numpy.ones((8, 3)))
-    assert {shard.data.shape for shard in x.addressable_shards} == {(2, 3)}
+@pytest.mark.parametrize(
+    ("mesh", "shard"),
+    [
+        (MeshConfig(fsdp=2, expert=2, tensor=2), (2, 6, 3)),
+        (MeshConfig(fsdp=2, context=2, tensor=2), (4, 3, 3)),
+        (MeshConfig(slices=2, data=2, fsdp=2), (1, 6, 3)),
+    ],
+)
+def test_rows_and_their_tokens_are_shared_out_over_all_but_the_tensor_axis(mesh, shard):
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        x = jax.jit(sharding.constrain_batch)(jax.numpy.ones((8, 6, 3)))
+    assert {part.data.shape for part in x.addressable_shards} == {shard}
+
+
+def test_slices_are_the_outermost_axis():
+    class Chip:
+        platform = "other"
+
+        def __init__(self, slice_index: int):
+            self.slice_index = slice_index
+
+    chips = [Chip(0), Chip(0), Chip(1), Chip(1)]
+    mesh = sharding.make_mesh(MeshConfig(), chips)
+    assert (mesh.shape["slices"], mesh.shape["fsdp"]) == (2, 2)
+    assert [chip.slice_index for chip in mesh.devices.ravel()] == [0, 0, 1, 1]
+
+
+def test_the_platform_is_that_of_the_mesh():
+    assert sharding.platform() == "cpu"
+    with jax.set_mesh(sharding.make_mesh(MeshConfig())):
+        assert jax.jit(lambda: sharding.platform() == "cpu")()

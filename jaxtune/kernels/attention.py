@@ -45,6 +45,7 @@ def attention(
     scale: float,
     softcap: float = 0.0,
     window: jax.Array | int = 0,
+    windows: tuple[int, ...] = (),
     causal: bool = True,
 ) -> jax.Array:
     """Query t sees key s when both stand in one segment and s <= t + offset. Returns [B, T, N, H].
@@ -60,6 +61,7 @@ def attention(
         counts the keys a query sees, itself among them: (t + offset) - s < window. Otherwise it is
         the distance on either side: |t - s| <= window. Both are `config.sliding_window` of
         transformers; ModernBERT's `local_attention` is twice the latter.
+      windows: every value that a traced `window` can have.
       causal: False lets a query see its whole segment; without a cache only.
     """
     rules, reach = _Rules(scale, softcap, causal), _reach(window, causal)

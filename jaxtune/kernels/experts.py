@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.sharding import BATCH
+from jaxtune.sharding import AXES
 
 _BLOCK_CPU = 64  # 32 rows are slower, 128 no faster
 _BLOCK = 256  # elsewhere
@@ -81,7 +81,7 @@ def routed(
         jnp.pad(number_NK, tail),
     )
     cut = mesh.shape[_EXPERT] > 1 and count % mesh.shape[_EXPERT] == 0
-    share = P((*BATCH, "tensor"), None)
+    share = P(AXES, None)
     y_NO = jax.shard_map(
         partial(_local, forward=forward, cut=cut),
         in_specs=(*(share,) * 4, P(_EXPERT) if cut else P(), P()),

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.sharding import BATCH
+from jaxtune.sharding import BATCH, CONTEXT, TOKENS
 
 _CHUNK = 256
 _VOCAB = "fsdp"  # mesh axis over which tables are cut
-_OTHERS = tuple(axis for axis in BATCH if axis != _VOCAB)
+_ALL = (*BATCH, CONTEXT)  # axes over which tokens are shared out
+_OTHERS = tuple(axis for axis in _ALL if axis != _VOCAB)
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -36,8 +37,8 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         x_BTD = jnp.where(mine_BT[..., None], table_VD[jnp.where(mine_BT, row_BT, 0)], 0)
         return jax.lax.psum_scatter(x_BTD, _VOCAB, tiled=True)
 
-    specs = (P(_VOCAB, None), P(BATCH, None))
-    return jax.shard_map(local, in_specs=specs, out_specs=P(BATCH, None, None), check_vma=False)(
+    specs = (P(_VOCAB, None), TOKENS)
+    return jax.shard_map(local, in_specs=specs, out_specs=P(*TOKENS, None), check_vma=False)(
         table_VD, tokens_BT
     )
 
@@ -102,7 +103,7 @@ def _sharded_walk(
     if mesh.empty or mesh.size == 1:
         return _walk(x_BTD, head_VD, targets_BT, weights_BT, softcap, grad_x, grad_head)
     cut = _shards(head_VD.shape[0]) > 1
-    rows, table = P(BATCH, None), P(_VOCAB if cut else None, None)
+    rows, table = TOKENS, P(_VOCAB if cut else None, None)
 
     def local(x_BTD, head_VD, targets_BT, weights_BT):
         gather = [x_BTD, targets_BT, weights_BT]
@@ -112,17 +113,17 @@ def _sharded_walk(
             gather[0], head_VD, *gather[1:], softcap, grad_x, grad_head, sharded=True, cut=cut
         )
         # Cut: each device of the axis has seen all tokens. Whole: each has seen its own.
-        total = jax.lax.psum(total, _OTHERS if cut else BATCH)
+        total = jax.lax.psum(total, _OTHERS if cut else _ALL)
         if dx_BTD is not None and cut:
             dx_BTD = jax.lax.psum_scatter(dx_BTD, _VOCAB, tiled=True)
         if dhead_VD is not None:
-            dhead_VD = jax.lax.psum(dhead_VD, _OTHERS if cut else BATCH)
+            dhead_VD = jax.lax.psum(dhead_VD, _OTHERS if cut else _ALL)
         return total, (dx_BTD, dhead_VD)
 
-    gradients = (P(BATCH, None, None) if grad_x else None, table if grad_head else None)
+    gradients = (P(*TOKENS, None) if grad_x else None, table if grad_head else None)
     return jax.shard_map(
         local,
-        in_specs=(P(BATCH, None, None), table, rows, rows),
+        in_specs=(P(*TOKENS, None), table, rows, rows),
         out_specs=(P(), gradients),
         check_vma=False,
     )(x_BTD, head_VD, targets_BT, weights_BT)
@@ -153,7 +154,7 @@ def _walk(
     chunks = -(-jnp.sum(weights_N != 0) // chunk)
     first_row = jax.lax.axis_index(_VOCAB) * vocab if cut else 0
     if sharded:
-        chunks = jax.lax.pmax(chunks, BATCH)  # collectives in the loop need one trip count
+        chunks = jax.lax.pmax(chunks, _ALL)  # collectives in the loop need one trip count
 
     def combine(reduce, value):
         return reduce(value, _VOCAB) if cut else value

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
 from jaxtune.kernels import experts
@@ -177,6 +178,7 @@ class Attention(nnx.Module):
             scale=config.query_scale or config.head_dim**-0.5,
             softcap=config.softcap,
             window=pattern.window,
+            windows=tuple(sorted({*config.windows})),
             causal=config.causal,
         )
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1), dropout), cache
@@ -189,6 +191,7 @@ class Attention(nnx.Module):
             parts = jnp.split(self.qkv_proj(x_BTD, dropout), sizes, axis=-1)
         else:
             parts = [proj(x_BTD, dropout) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        parts = [checkpoint_name(part, "qkv") for part in parts]
         if config.qk_norm == "width":
             parts[:2] = self.q_norm(parts[0]), self.k_norm(parts[1])
         parts = [part.reshape(*part.shape[:2], -1, config.head_dim) for part in parts]
@@ -217,12 +220,15 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, dropout: Dropout | None) -> jax.Array:
         if self.kind == "plain":
-            inner_BTF = activate(self.activation, self.up_proj(x_BTD, dropout))
+            up_BTF = checkpoint_name(self.up_proj(x_BTD, dropout), "mlp")
+            inner_BTF = activate(self.activation, up_BTF)
             return self.down_proj(inner_BTF, dropout)
         if self.kind == "fused":
-            gate_BTF, up_BTF = jnp.split(self.gate_up_proj(x_BTD, dropout), 2, axis=-1)
+            both_BTF = checkpoint_name(self.gate_up_proj(x_BTD, dropout), "mlp")
+            gate_BTF, up_BTF = jnp.split(both_BTF, 2, axis=-1)
         else:
-            gate_BTF, up_BTF = self.gate_proj(x_BTD, dropout), self.up_proj(x_BTD, dropout)
+            gate_BTF = checkpoint_name(self.gate_proj(x_BTD, dropout), "mlp")
+            up_BTF = checkpoint_name(self.up_proj(x_BTD, dropout), "mlp")
         return self.down_proj(activate(self.activation, gate_BTF) * up_BTF, dropout)
 
 
@@ -326,6 +332,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, context: Context, pattern: Pattern, dropout, cache):
         """-> (x, cache, Balance of the experts or None)."""
+        x_BTD = checkpoint_name(x_BTD, "layer")
         before, after, before_mlp, after_mlp = (
             getattr(self, name, _same) for name in _NORMS[self.norms]
         )

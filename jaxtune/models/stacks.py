@@ -1,6 +1,7 @@
 """Layers stacked on axis 0 and scanned, so that compiling does not take longer for more of them."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,28 @@ from jaxtune.kernels.experts import Balance
 from jaxtune.models.blocks import Block, Cache, Context, LayerConfig, Pattern
 from jaxtune.models.layers import Dropout
 
-# What the backward pass may keep of a layer instead of recomputing it.
+_saved = jax.checkpoint_policies
+
+# What the backward pass finds instead of recomputing it, from the fastest to the smallest: all;
+# every product; what goes into attention and comes out of it, and gate and up; the first of these;
+# the layer's input; that, in the host's memory. The names are those given in blocks.py.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda layer: layer,
-    "dots": lambda layer: jax.checkpoint(
-        layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    "dots": partial(jax.checkpoint, policy=_saved.dots_with_no_batch_dims_saveable),
+    "projections": partial(
+        jax.checkpoint, policy=_saved.save_only_these_names("qkv", "context", "mlp")
     ),
+    "attention": partial(jax.checkpoint, policy=_saved.save_only_these_names("qkv", "context")),
     "full": jax.checkpoint,
+    "offload": partial(
+        jax.checkpoint,
+        policy=_saved.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["layer"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    ),
 }
 
 
