@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 
 from jaxtune import lora, optim, sharding, tree
 from jaxtune.config import Config
-from jaxtune.data.labels import base_labels
 from jaxtune.errors import ConfigError
 from jaxtune.hf import files, load
+from jaxtune.kernels import quantize
 from jaxtune.models import families
-from jaxtune.models.adapter import Spec
+from jaxtune.models.adapter import Spec, in_classifier
 from jaxtune.models.blocks import LayerConfig
 from jaxtune.models.families import Family
+from jaxtune.models.layers import Linear
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,29 @@ class Assembly:
     targets: dict[str, Spec]  # rank and scale of projections with an adapter, one path a layer
     new: frozenset[str]  # leaves of a head that the checkpoint lacks
     seed: int
+    quantized: dict[str, quantize.Layout]  # kernels that are kept in fewer bits
 
     @property
     def trained(self) -> dict[str, jax.ShapeDtypeStruct]:
         return tree.partition(self.shapes, self.groups)[0]
 
 
-def assemble(config: Config, folder: Path, mesh: Mesh) -> Assembly:
+def assemble(config: Config, folder: Path, mesh: Mesh, *, weights: bool = True) -> Assembly:
     """Decides everything about a run's parameters before one of them is read.
 
+    Without `weights` the folder has a config.json alone, and a classifier's head counts as new.
+
     Raises:
-      ConfigError: targets or rules that match nothing.
+      ConfigError: targets or rules that match nothing, or nothing frozen to be quantised.
       ModelError: a model family or config that is not supported.
     """
     family, model = describe(config, folder)
     leaves = load.leaves_of(model)
-    new = load.missing_heads(folder, family, model, leaves) | _other_classes(config, folder, leaves)
+    if weights:
+        missing = load.missing_heads(folder, family, model, leaves)
+        new = missing | _other_classes(config, folder, leaves)
+    else:
+        new = frozenset(path for path in leaves if _is_head(family, model, path))
     heads = tuple(path for path in leaves if path in new or _is_head(family, model, path))
     targets, labels = _decide(config, family, leaves, heads)
 
@@ -63,6 +71,10 @@ def assemble(config: Config, folder: Path, mesh: Mesh) -> Assembly:
 
     runs = tree.stacks(model.num_layers, signature)
     abstract = nnx.eval_shape(lambda: _build(config, model, targets, runs))
+    quantized = _quantize(config, abstract, labels, mesh)
+    labels |= {
+        f"{single}_scale": optim.FROZEN for path in quantized for single in tree.layer_paths(path)
+    }
     graphdef, shapes = tree.split(abstract)
     groups = tree.stack_labels(shapes, labels)
     places = sharding.param_shardings(shapes, tree.axes(abstract), mesh)
@@ -75,7 +87,7 @@ def assemble(config: Config, folder: Path, mesh: Mesh) -> Assembly:
         for path, shape in shapes.items()
     }
     seed = config.train.seed
-    return Assembly(folder, family, model, graphdef, shapes, groups, targets, new, seed)
+    return Assembly(folder, family, model, graphdef, shapes, groups, targets, new, seed, quantized)
 
 
 def fresh(config: Config, assembly: Assembly) -> dict[str, jax.Array]:
@@ -94,7 +106,35 @@ def fresh(config: Config, assembly: Assembly) -> dict[str, jax.Array]:
 def base(assembly: Assembly) -> dict[str, jax.Array]:
     """The base checkpoint's leaves, placed; trained ones in float32."""
     wanted = {path: s for path, s in assembly.shapes.items() if not _is_fresh(assembly, path)}
-    return load.load_params(assembly.folder, assembly.family, assembly.model, wanted)
+    return load.load_params(
+        assembly.folder, assembly.family, assembly.model, wanted, assembly.quantized
+    )
+
+
+def _quantize(
+    config: Config, model: nnx.Module, labels: Mapping[str, str], mesh: Mesh
+) -> dict[str, quantize.Layout]:
+    """Declares the frozen projections of an abstract model's layers anew -> {path of kernel: how}.
+
+    What is trained stays as it is, and so does all outside the layers.
+    """
+    if config.model.quantize == "none":
+        return {}
+    quantize.check(config.model.quantize, mesh.devices.flat[0])
+    found = {}
+    for parts, module in nnx.iter_modules(model):
+        path = f"{'.'.join(map(str, parts))}.kernel"
+        if not (isinstance(module, Linear) and path.startswith("layers.")):
+            continue
+        if labels[tree.layer_paths(path)[0]] == optim.FROZEN:
+            found[path] = module.quantize(config.model.quantize)
+    if not found:
+        raise ConfigError(
+            f"model.quantize is {config.model.quantize!r} and every projection is trained: only "
+            "frozen ones are quantised",
+            fix="lora.r above 0, or --config.model.quantize=none",
+        )
+    return found
 
 
 def _is_fresh(assembly: Assembly, path: str) -> bool:
@@ -124,9 +164,9 @@ def describe(config: Config, folder: Path) -> tuple[Family, LayerConfig]:
 def _other_classes(config: Config, folder: Path, leaves: Mapping[str, Any]) -> set[str]:
     """The last layer of a trained classifier whose classes are not the run's."""
     hf, wanted = files.read_json(folder / "config.json"), config.data.labels
-    if not (wanted and "SequenceClassification" in " ".join(hf.get("architectures") or ())):
+    if not (wanted and families.is_classifier(hf)):
         return set()
-    known = base_labels(hf)
+    known = families.base_labels(hf)
     if len(wanted) == families.labels(hf) and known in ((), wanted):
         return set()
     return {path for path in leaves if path.startswith(("score.", "classifier."))}
@@ -134,9 +174,8 @@ def _other_classes(config: Config, folder: Path, leaves: Mapping[str, Any]) -> s
 
 def _is_head(family: Family, model: LayerConfig, path: str) -> bool:
     """Whether PEFT trains a leaf of a classifier in full beside adapters: by its module's name."""
-    if not model.num_labels or not path.startswith(family.heads):
-        return False
-    return any(part.endswith(("classifier", "score")) for part in family.tensor(path).split("."))
+    head = bool(model.num_labels) and path.startswith(family.heads)
+    return head and in_classifier(family.tensor(path))
 
 
 def _decide(config: Config, family: Family, leaves: Mapping[str, Any], heads: tuple[str, ...]):
@@ -163,7 +202,7 @@ def _build(config: Config, model: LayerConfig, targets: Mapping[str, Spec], stac
         rngs=rngs,
         dtype=jnp.dtype(config.model.dtype),
         param_dtype=jnp.dtype(config.model.param_dtype),
-        remat=config.model.remat,
+        remat="full" if config.model.remat == "auto" else config.model.remat,
         stacks=stacks,
     )
     return lora.insert(module, targets, config.lora, rngs)

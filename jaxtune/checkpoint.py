@@ -24,7 +24,7 @@ import re
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from jaxtune import pods
 from jaxtune.digest import digest
 from jaxtune.errors import StorageError
 
@@ -192,14 +193,16 @@ def restore(
       StorageError: there are steps and none verifies, or `step` is missing or does not.
     """
     root = _folder(directory)
-    there = steps(root)
+    # Disks that several hosts share may list a new step on one of them before another.
+    there: list[int] = json.loads(pods.from_first(json.dumps(steps(root))))
     if step is not None and step not in there:
         raise StorageError(f"no checkpoint of step {step} in {root}", fix=_spell_steps(there))
     skipped: list[str] = []
     for candidate in [step] if step is not None else there[::-1]:
+        # Each attempt ends the same on all hosts: the arrays are read by all of them or by none.
         try:
-            manifest = _read_manifest(root / str(candidate), candidate)
-            state = _load(root, manifest, abstract_state)
+            manifest = _together(lambda at=candidate: _read_manifest(root / str(at), at))
+            state = _together(lambda saved=manifest: _load(root, saved, abstract_state))
         except _Broken as error:
             skipped.append(f"step {candidate}: {error}")
             continue
@@ -214,6 +217,18 @@ def restore(
 
 class _Broken(Exception):
     """Why a step does not verify, as a phrase."""
+
+
+def _together(action: Callable[[], Any]) -> Any:
+    """What the action gives, if no host finds the step broken; then all of them do."""
+    result, broken = None, None
+    try:
+        result = action()
+    except _Broken as error:
+        broken = error
+    if not pods.all_agree(broken is None):
+        raise broken or _Broken("another host cannot read it")
+    return result
 
 
 def _load(root: epath.Path, manifest: dict[str, Any], abstract_state: Any) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxtune import __version__
+from jaxtune import __version__, flags
 from jaxtune.errors import ConfigError, Failure
 
 _EPILOG = """\
@@ -37,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code of DESIGN's contract (0, 2, 65, 70, 74, 75, 76, 130)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    _set_up_jax()
+    flags.apply()
     try:
         args, overrides = _parse(arguments)
-        result = args.run(args, overrides)
+        result = _run(args, overrides)
     except Failure as error:
         return _fail(error.line(), error.exit_code, debug)
     except KeyboardInterrupt:
@@ -52,31 +52,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = type(error).__name__
         text = " ".join(str(error).split())[:500]
         return _fail(f"jaxtune: error[internal]: {name}: {text}; try: --debug", 70, debug)
-    if args.json:
+    if args.json and result is not None:
         print(json.dumps(result))
     return 0
 
 
-def _set_up_jax() -> None:
-    """Defaults of jax that suit a command line; a variable that is set already stays."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune" / "jax"
-    defaults = {
-        # On a CPU host and device share the cores: overlapping them only adds threads.
-        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
-        # A second start compiles nothing: 6 s of processor time instead of 14 on a tiny model.
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+def _run(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any] | None:
+    """Runs a verb, on a pod on all of its hosts; None where another one has the result."""
+    if args.run not in (_train, _eval, _generate, _export):
+        return args.run(args, overrides)
+    from jaxtune import pods
+
+    pods.start()
+    with pods.together():
+        result = args.run(args, overrides)
+        return result if pods.is_first() else None
 
 
 def _fail(line: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     print(line, file=sys.stderr)
-    return code
+    pods = sys.modules.get("jaxtune.pods")  # only if the verb has got that far
+    return pods.end(code) if pods else code
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -89,10 +87,10 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     )
     parser.add_argument("--version", action="version", version=f"jaxtune {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
-    for name, (run, about, flags) in _VERBS.items():
+    for name, (run, about, own) in _VERBS.items():
         verb = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
         verb.set_defaults(run=run)
-        for flag, options in (flags | _COMMON).items():
+        for flag, options in (own | _COMMON).items():
             verb.add_argument(flag, **options)
     args, rest = parser.parse_known_args(arguments)
     return args, _overrides(rest, [*_VERBS], hasattr(args, "config"))
@@ -148,6 +146,7 @@ def _eval(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]
 
 
 def _generate(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
+    from jaxtune import pods
     from jaxtune.tuned import generate
 
     if (args.prompt is None) == (args.prompts is None):
@@ -167,7 +166,7 @@ def _generate(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, 
         base=args.base,
         step=args.step,
     )
-    if not args.json:
+    if not args.json and pods.is_first():
         print("\n".join(texts))
     return {"prompts": prompts, "texts": texts}
 

@@ -24,7 +24,6 @@ from jaxtune.hf.verify import (
     distance,
     single_layers,
 )
-from jaxtune.models import families
 from jaxtune.models.families import Family
 from jaxtune.tuned import open_run
 
@@ -120,16 +119,14 @@ def _open(path: str, other: str) -> Side:
     if (Path(path) / adapter.CONFIG).is_file():
         return _adapter(path, other)
     folder = files.resolve(path)
-    strange = families.strange(files.read_json(folder / "config.json"))
+    rows, config, strange = load.read_config_leniently(folder)
     if strange:
         say(f"warning: {path} has fields jaxtune does not know, which its logits here do without: "
             f"{', '.join(strange)}")  # fmt: skip
-    ignore = tuple(strange)
-    rows, config = load.read_config(folder, ignore=ignore)
     tensors = by_canonical_name(files.tensors(folder), rows, config)
 
     def logits(tokens_BT: Any, dtype: str) -> Any:
-        return load.load_model(str(folder), dtype, ignore)(tokens_BT)
+        return load.load_model(str(folder), dtype, tuple(strange))(tokens_BT)
 
     has = tokenizer_files(str(folder))
     tokenizer = load_tokenizer(str(folder), config.vocab_size) if has else None
@@ -139,8 +136,7 @@ def _open(path: str, other: str) -> Side:
 def _run(path: str) -> Side:
     run = open_run(path)
     rows, config = run.assembly.family, run.assembly.model
-    adapters = {name: leaf for name, leaf in run.frozen.items() if ".lora." in name}
-    leaves = jax.device_get(run.trainable | adapters)
+    leaves = jax.device_get(run.changes)
     tensors = by_canonical_name(merged(run.assembly.folder, rows, config, leaves), rows, config)
 
     def logits(tokens_BT: Any, dtype: str) -> Any:
@@ -148,11 +144,8 @@ def _run(path: str) -> Side:
         with jax.set_mesh(run.mesh):
             return run.model()(rows_BT)[:1]
 
-    kind, trained, held = (
-        run.config.model.dtype,
-        single_layers(leaves),
-        run.config.model.param_dtype,
-    )
+    kind, held = run.config.model.dtype, run.config.model.param_dtype
+    trained = single_layers(leaves)
     return Side(path, tensors, rows, config, logits, run.tokenizer, kind, held, trained)
 
 
@@ -163,8 +156,7 @@ def _adapter(path: str, other: str) -> Side:
     else:
         settings = files.read_json(Path(path) / adapter.CONFIG)
         base = files.resolve(str(settings.get("base_model_name_or_path")))
-    strange = families.strange(files.read_json(base / "config.json"))
-    rows, config = load.read_config(base, ignore=tuple(strange))
+    rows, config, _ = load.read_config_leniently(base)
     leaves = single_layers(adapter.open_adapter(Path(path), rows, config))
     return Side(path, leaves, rows, config, trained=leaves)
 

@@ -28,7 +28,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # frozen weights; trained are float32
     # What the backward pass recomputes of a layer (models/stacks.py); auto: as little as fits
-    remat: Literal["auto", "none", "dots", "projections", "attention", "full", "offload"] = "auto"
+    remat: Literal["auto", "none", "projections", "attention", "full", "offload"] = "auto"
     # How the frozen projections are kept; they are read from the checkpoint as it is
     quantize: Literal["none", "int8", "int4", "nf4", "fp8"] = "none"
     ignore: tuple[str, ...] = ()  # fields of config.json to disregard although they are unknown

@@ -20,12 +20,10 @@ from flax import nnx
 from jaxtune import tree
 from jaxtune.config import LoraConfig
 from jaxtune.errors import ConfigError
-from jaxtune.models.adapter import Adapter, Spec, spec
+from jaxtune.models.adapter import Adapter, Spec, in_classifier, spec
 from jaxtune.models.layers import Linear
 
 _NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # plain names, against a regular expression
-# Heads of classifiers, and what is in them: PEFT trains them in full beside the adapters.
-_HEADS = re.compile(r"(^|\.)\w*(classifier|score)(\.|$)")
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -146,7 +144,7 @@ def _specs(lora: LoraConfig, chosen: Mapping[str, str]) -> dict[str, Spec]:
 def _adaptable(lora: LoraConfig, path: str, name: str) -> bool:
     """Whether a module is neither saved in full, nor part of one that is."""
     saved = [rf"(^|\.){re.escape(module)}(\.|$)" for module in lora.modules_to_save]
-    return not _HEADS.search(name) and not any(
+    return not in_classifier(name) and not any(
         re.search(pattern, text) for pattern in saved for text in (path, name)
     )
 
@@ -181,7 +179,7 @@ def _lasts(names: Iterable[str]) -> list[str]:
 
 
 def _no_target(wanted: list, modules: Mapping[str, str]) -> ConfigError:
-    names = _lasts(name for name in modules.values() if not _HEADS.search(name))
+    names = _lasts(name for name in modules.values() if not in_classifier(name))
     return ConfigError(
         f"lora.target_modules matches nothing: {', '.join(map(str, wanted))}",
         fix=f"all-linear, or of {', '.join(names)} in layers 0 to {_last_layer(modules)}",

@@ -26,8 +26,18 @@ from jaxtune.errors import ConfigError, StorageError
 FILE = "metrics.jsonl"
 
 
+class NoWriter:
+    """Takes metrics and does nothing with them: of several hosts only the first writes."""
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class Writer:
-    """Appends metrics; every line is flushed before `write` returns. Process 0 only."""
+    """Appends metrics; every line is flushed before `write` returns. One host of a run only."""
 
     def __init__(self, workdir: Path, *, tensorboard: bool, wandb: str, resume_step: int):
         """Opens the sinks and takes back what a killed run wrote beyond the restored step.
@@ -82,6 +92,15 @@ class Writer:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def open_writer(
+    workdir: Path, *, tensorboard: bool, wandb: str, resume_step: int, write: bool
+) -> Writer | NoWriter:
+    """`Writer`, where this host is the one to write; see there."""
+    if not write:
+        return NoWriter()
+    return Writer(workdir, tensorboard=tensorboard, wandb=wandb, resume_step=resume_step)
 
 
 def require_wandb(project: str) -> None:

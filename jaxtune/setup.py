@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,6 +20,7 @@ from jaxtune.data.labels import Form
 from jaxtune.data.packing import Batch
 from jaxtune.errors import ConfigError
 from jaxtune.hf import adapter, files
+from jaxtune.kernels import quantize
 from jaxtune.models import families
 from jaxtune.models.blocks import LayerConfig
 from jaxtune.models.encoder import EncoderConfig
@@ -42,9 +45,8 @@ def within_positions(config: Config, model: LayerConfig) -> Config:
 
 def form(folder: Path, model: LayerConfig) -> Form:
     """How the model wants rows with a class, and the classes its checkpoint knows."""
-    known: tuple[str, ...] = ()
-    if model.num_labels:
-        known = families.base_labels(files.read_json(folder / "config.json"))
+    hf = files.read_json(folder / "config.json")
+    known = families.base_labels(hf) if model.num_labels else ()
     if isinstance(model, EncoderConfig):
         return Form("first", model.typed_pairs, known)
     return Form("last", False, known)
@@ -74,7 +76,7 @@ def initial(
     """
     params = assemble.base(assembly) | assemble.fresh(config, assembly)
     if config.lora.r and config.lora.init == "default":
-        params |= magnitudes(config, params)
+        params |= magnitudes(config, assembly, params)
     elif config.lora.r:
         wanted = {
             path: shape
@@ -94,22 +96,41 @@ def initial(
     return state, frozen
 
 
-def magnitudes(config: Config, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def magnitudes(
+    config: Config, assembly: Assembly, leaves: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
     """{path of DoRA's magnitudes: lengths of the columns of the kernel beside them}, float32.
 
-    With these and B of zero a model is its base; the kernels are as the computation rounds them.
+    With these and B of zero a model is its base; the kernels are as the computation has them.
     """
     dtype = jnp.dtype(config.model.dtype)
+    found = {}
+    for path, leaf in leaves.items():
+        module = path.removesuffix(".lora.magnitude")
+        if module == path:
+            continue
+        kernel, scale = leaves[f"{module}.kernel"], leaves.get(f"{module}.kernel_scale")
+        measure = partial(_lengths, assembly.quantized.get(f"{module}.kernel"), dtype)
+        found[path] = jax.jit(measure, out_shardings=leaf.sharding)(kernel, scale)
+    return found
+
+
+def _lengths(
+    layout: quantize.Layout | None, dtype: jnp.dtype, kernel: jax.Array, scale: jax.Array | None
+) -> jax.Array:
+    """Euclidean lengths [..., O] of a kernel's columns, in float32."""
 
     def lengths(kernel: jax.Array) -> jax.Array:
         squares = jnp.square(kernel.astype(dtype).astype(jnp.float32))
         return jnp.sqrt(jnp.sum(squares, axis=-2))
 
-    return {
-        path: jax.jit(lengths, out_shardings=leaf.sharding)(leaves[f"{module}.kernel"])
-        for path, leaf in leaves.items()
-        if (module := path.removesuffix(".lora.magnitude")) != path
-    }
+    if layout is None:
+        return lengths(kernel)
+    # A layer at a time: a whole stack would be large once it is dequantised.
+    return jax.lax.map(
+        lambda layer: lengths(quantize.dequantize(layer[0], layer[1], layout, dtype)),
+        (kernel, scale),
+    )
 
 
 def abstract(state: TrainState) -> TrainState:
@@ -121,8 +142,8 @@ def abstract(state: TrainState) -> TrainState:
 
 def abstract_inputs(
     config: Config, assembly: Assembly, program: Program, mesh: Mesh
-) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct], Batch]:
-    """What `train_step` takes in this run, as shapes in their places: nothing is read or made."""
+) -> tuple[Any, dict[str, jax.ShapeDtypeStruct], Any]:
+    """(state, frozen, batch): what `train_step` takes in this run, as shapes in their places: nothing is read or made."""
     trainable, frozen = tree.partition(assembly.shapes, assembly.groups)
     whole = NamedSharding(mesh, P())
 
@@ -138,17 +159,36 @@ def abstract_inputs(
     rows = NamedSharding(mesh, sharding.TOKENS)
     shape = (config.train.batch_size, config.data.max_length)
     kinds = {name: jnp.float32 if name == "weights" else jnp.int32 for name in Batch._fields}
-    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for name, kind in kinds.items()}
+    batch: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for name, kind in kinds.items()
+    }
     if not (isinstance(assembly.model, EncoderConfig) and assembly.model.typed_pairs):
         batch["types"] = None
     return state, frozen, Batch(**batch)
 
 
-def to_mesh(batches: Iterable[Batch], mesh: Mesh) -> Iterator[Batch]:
-    """This host's rows -> global batches, cut over the batch axes of the mesh."""
-    rows = NamedSharding(mesh, sharding.TOKENS)
+def to_mesh(batches: Iterable[Batch], mesh: Mesh, batch_size: int | None = None) -> Iterator[Batch]:
+    """This host's rows -> global batches, cut over the batch and context axes of the mesh.
+
+    Args:
+      batches: the rows `sharding.local_rows(mesh, batch_size)` of each global batch.
+      batch_size: rows of a global batch; None where they are all there.
+    """
+    place = NamedSharding(mesh, sharding.TOKENS)
+
+    def placed(x: np.ndarray, mine: np.ndarray) -> jax.Array:
+        shape = (batch_size or len(x), x.shape[1])
+
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(shape[0])
+            start = int(np.searchsorted(mine, first))
+            return x[start : start + last - first, index[1]]
+
+        return jax.make_array_from_callback(shape, place, part)
+
     for batch in batches:
-        yield jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+        mine = sharding.local_rows(mesh, batch_size or len(batch.tokens))
+        yield jax.tree.map(lambda x, mine=mine: placed(x, mine), batch)
 
 
 def portable(config: Config) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.config import MeshConfig
@@ -73,7 +73,7 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P:
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """Logical axes -> PartitionSpec; a mesh axis is used once, and only on a dim it divides."""
     taken: set[str] = set()
     result: list[str | None] = []
@@ -94,9 +94,31 @@ def param_shardings(
     return {k: NamedSharding(mesh, spec(axes[k], v.shape, mesh)) for k, v in shapes.items()}
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Numbers of the rows of a batch [B, T] that this process's devices want a part of, ascending.
+
+    Processes that share rows (a tensor or context axis spans them) get the same numbers.
+    """
+    places = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch_size,))
+    wanted = {range(*index[0].indices(batch_size)) for index in places.values() if index}
+    return np.asarray(sorted({row for rows in wanted for row in rows}), np.int64)
+
+
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Pins an activation [B, T, ...] to the batch and context axes of the current mesh, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, P(*TOKENS, *[None] * (x.ndim - 2)))
+
+
+def gathered(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Pins one layer's part of a parameter: whole along fsdp, so that it travels as it is kept.
+
+    Without this the partitioner may make of it what a product wants, and send that instead.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return x
+    kept = [None if _LOGICAL.get(name or "") == "fsdp" else name for name in axes]
+    return jax.lax.with_sharding_constraint(x, spec(kept, x.shape, mesh))

@@ -12,6 +12,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self.agreed = False  # by all hosts of a run: this is where it stops
         self.by_user = False
         self._previous: dict[int, object] = {}
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jaxtune
-from jaxtune import assemble, checkpoint, metrics, optim, setup, sharding
+from jaxtune import assemble, checkpoint, metrics, optim, pods, setup, sharding
 from jaxtune.assemble import Assembly
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
@@ -83,11 +83,12 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
         state, progress, steps = ready.state, ready.progress, ready.steps
         first = int(state.step)
         _write_json(workdir / setup.CONFIG, setup.portable(config))
-        writer = metrics.Writer(
+        writer = metrics.open_writer(
             workdir,
             tensorboard=config.train.tensorboard,
             wandb=config.train.wandb,
             resume_step=first,
+            write=pods.is_first(),
         )
         train_step, eval_step = jit_train(ready.program, state), jit_eval(ready.program)
         meter = metrics.Meter()
@@ -98,7 +99,7 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
             with meter.excluded():
                 batches = _eval_batches(config, ready, stop)
                 score = evaluate(eval_step, state.trainable, ready.frozen, batches)
-            if stop.asked:
+            if stop.agreed:
                 return  # it ended early, and is done again on resuming
             progress.evals.append([step, score.loss])
             writer.write(step, "eval", score._asdict())
@@ -125,7 +126,7 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
             batches = _batches(config, ready, first)
             pending: tuple[int, StepMetrics] | None = None
             step = first
-            while step < steps and not stop.asked and not _impatient(config, progress):
+            while step < steps and not pods.stops(stop) and not _impatient(config, progress):
                 with meter.excluded() if step == first else nullcontext():  # it compiles
                     state, measured = train_step(state, ready.frozen, next(batches))
                 step += 1
@@ -144,7 +145,7 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
                         save(step)
             if pending is not None:
                 _record(pending, config, progress, meter, writer, show)
-            if stop.asked:
+            if stop.agreed:
                 save(step)
                 raise _stopped(stop, step, workdir)
             if step < steps:
@@ -175,6 +176,9 @@ def prepare(config: Config, workdir: Path) -> Ready:
     if (warmup := optim.hyperparameters(config, steps)["warmup"]) >= steps:
         say(f"warning: optim.warmup of {warmup:g} steps: {steps} steps never reach the peak rate")
     fingerprint = _fingerprint(config, folder, prepared.train, prepared.eval, steps)
+
+    pods.check_same({"config": _shared_settings(config), "run": fingerprint})
+    pods.check_shared(workdir)
 
     where = workdir / "checkpoints"
     if (meta := checkpoint.latest_meta(where)) is not None:
@@ -214,27 +218,21 @@ def prepare(config: Config, workdir: Path) -> Ready:
 
 def _batches(config: Config, ready: Ready, first: int) -> Iterator[Batch]:
     """Batches on the mesh, from step `first` on."""
-    local = pipeline.batches(
-        ready.train,
-        config.train.batch_size,
-        config.train.seed,
-        config.data.shuffle,
-        first,
-        jax.process_index(),
-        jax.process_count(),
-    )
-    return setup.to_mesh(local, ready.mesh)
+    size = config.train.batch_size
+    mine = sharding.local_rows(ready.mesh, size)
+    seed, shuffle = config.train.seed, config.data.shuffle
+    local = pipeline.batches(ready.train, size, seed, shuffle, first, mine)
+    return setup.to_mesh(local, ready.mesh, size)
 
 
 def _eval_batches(config: Config, ready: Ready, stop: Stop) -> Iterator[Batch]:
     """The evaluation rows on the mesh; ends early when asked to stop."""
     assert ready.eval is not None
-    local = pipeline.eval_batches(
-        ready.eval, config.train.batch_size, jax.process_index(), jax.process_count()
-    )
-    for batch in setup.to_mesh(local, ready.mesh):
+    size = config.train.batch_size
+    local = pipeline.eval_batches(ready.eval, size, sharding.local_rows(ready.mesh, size))
+    for batch in setup.to_mesh(local, ready.mesh, size):
         yield batch
-        if stop.asked:
+        if pods.stops(stop):
             return
 
 
@@ -334,6 +332,13 @@ def _fingerprint(config: Config, folder: Path, train: Rows, evals: Rows | None, 
     }
 
 
+def _shared_settings(config: Config) -> dict[str, Any]:
+    """What every host of a run is given alike; where its files lie is its own affair."""
+    values = config.to_dict()
+    del values["model"]["path"], values["data"]["train"], values["data"]["eval"]
+    return values
+
+
 def _say_size(config: Config, assembly: Assembly, steps: int, mesh: Mesh) -> None:
     count = {True: 0, False: 0}
     for path, shape in assembly.shapes.items():
@@ -348,7 +353,7 @@ def _say_size(config: Config, assembly: Assembly, steps: int, mesh: Mesh) -> Non
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    if jax.process_index() != 0:
+    if not pods.is_first():
         return
     try:
         partial = path.with_suffix(".partial")

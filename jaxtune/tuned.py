@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.table import Table
 
-from jaxtune import assemble, checkpoint, decoding, setup, sharding, tree
+from jaxtune import assemble, checkpoint, decoding, pods, setup, sharding, tree
 from jaxtune.assemble import Assembly
 from jaxtune.config import Config, MeshConfig
 from jaxtune.console import say, stderr
@@ -41,6 +41,15 @@ class Tuned(NamedTuple):
     frozen: dict[str, jax.Array]
     tokenizer: Any
     template: str | None
+
+    @property
+    def changes(self) -> dict[str, jax.Array]:
+        """All that sets the model apart from its base's files: also what a rule froze of it."""
+        return self.trainable | {
+            path: leaf
+            for path, leaf in self.frozen.items()
+            if ".lora." in path or path in self.assembly.new
+        }
 
     def model(self, *, base: bool = False):
         """The decoder as a flax module."""
@@ -76,7 +85,7 @@ def open_run(workdir: str | Path, step: int | None = None) -> Tuned:
         program,
         restored.step,
         restored.state.trainable,
-        _untuned(config, state.trainable, frozen),
+        _untuned(config, assembly, state.trainable, frozen),
         frozen,
         tokenizer,
         templates.chat_template(tokenizer, config.data.template),
@@ -85,8 +94,11 @@ def open_run(workdir: str | Path, step: int | None = None) -> Tuned:
 
 def _mesh(config: Config) -> Mesh:
     """The run's mesh, or on another machine the default one."""
+    wanted = config.mesh
+    if wanted.context > 1:  # texts are written a token at a time
+        wanted = dataclasses.replace(wanted, context=1, data=wanted.data * wanted.context)
     try:
-        return sharding.make_mesh(config.mesh)
+        return sharding.make_mesh(wanted)
     except ConfigError:
         mesh = sharding.make_mesh(MeshConfig())
         say(f"the run's mesh does not fit here: {mesh.size} device(s) share the model instead")
@@ -94,10 +106,13 @@ def _mesh(config: Config) -> Mesh:
 
 
 def _untuned(
-    config: Config, trainable: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]
+    config: Config,
+    assembly: Assembly,
+    trainable: Mapping[str, jax.Array],
+    frozen: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
     """The trained leaves with which the model is its base, whatever adapter the run began from."""
-    lengths = setup.magnitudes(config, {**frozen, **trainable})
+    lengths = setup.magnitudes(config, assembly, {**frozen, **trainable})
     zeros = {k: jnp.zeros_like(v) for k, v in trainable.items() if k.endswith(".lora.B")}
     return {k: v for k, v in {**trainable, **lengths, **zeros}.items() if k in trainable}
 
@@ -138,11 +153,10 @@ def evaluate(
     eval_step = jit_eval(tuned.program)
 
     def scored(leaves: dict[str, jax.Array]) -> dict[str, Any]:
-        batches = pipeline.eval_batches(
-            rows, config.train.batch_size, jax.process_index(), jax.process_count()
-        )
+        size = config.train.batch_size
+        batches = pipeline.eval_batches(rows, size, sharding.local_rows(tuned.mesh, size))
         with jax.set_mesh(tuned.mesh):
-            placed = setup.to_mesh(batches, tuned.mesh)
+            placed = setup.to_mesh(batches, tuned.mesh, size)
             return score(eval_step, leaves, tuned.frozen, placed)._asdict()
 
     return {
@@ -227,13 +241,11 @@ def export(
         raise ConfigError(f"format {format!r} is not known", fix=f"of {', '.join(FORMATS)}")
     tuned = open_run(workdir, step)
     config, assembly = tuned.config, tuned.assembly
-    leaves = tuned.trainable | {
-        path: leaf
-        for path, leaf in tuned.frozen.items()
-        if ".lora." in path or path in assembly.new
-    }
+    leaves = pods.gather(tuned.changes)
     format = _format(config, assembly.model, leaves, format)
-    common = (Path(out), assembly.folder, assembly.family, assembly.model, jax.device_get(leaves))
+    if not pods.is_first():
+        return {"format": format, "step": tuned.step, "out": str(out)}
+    common = (Path(out), assembly.folder, assembly.family, assembly.model, leaves)
     if format == "hf":
         template = (tuned.template or "") if config.data.template else ""
         written = merged.write_merged(

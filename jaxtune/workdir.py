@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxtune import pods
 from jaxtune.errors import ConfigError, StorageError
 
 _DIGEST = re.compile(r'"[0-9a-f]{64}"')
@@ -17,16 +18,16 @@ _DIGEST = re.compile(r'"[0-9a-f]{64}"')
 
 @contextlib.contextmanager
 def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps a second run out of a workdir, which it makes if need be; on a pod, for process 0 only.
+    """Keeps a second run out of a workdir, which it makes if need be; one for all hosts.
 
     The kernel drops the lock with the process, so kill -9 leaves nothing to clear by hand. Buckets
-    have no locks: there it does nothing.
+    have no locks: there it does nothing, and of several hosts only the first takes it.
 
     Raises:
       ConfigError: another process holds it; names its host and pid.
       StorageError: the lock file cannot be made or locked.
     """
-    if "://" in os.fspath(workdir):
+    if "://" in os.fspath(workdir) or not pods.is_first():
         yield
         return
     path = Path(workdir) / ".lock"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxtune import sharding
 from jaxtune.config import MeshConfig
-from jaxtune.kernels import attention as module
+from jaxtune.kernels import blockwise as module
 from jaxtune.kernels.attention import attention
 
 SCALE = 0.3
@@ -116,8 +116,9 @@ def test_documents_do_not_see_each_other_or_the_future():
 
 def key_blocks(rows, window: int = 0, causal: bool = True) -> list[tuple[int, int]]:
     """(first, last) key block of each block of 64 queries."""
-    rules, reach = module._Rules(SCALE, 0.0, causal), module._reach(window, causal)
-    first, stop = module._key_blocks(jnp.asarray(rows), reach, rules, 64)
+    rules, reach = module.Rules(SCALE, 0.0, causal), module.reach_of(window, causal)
+    rows, starts = jnp.asarray(rows), jnp.arange(0, rows.shape[1], 64)
+    first, stop = module.key_blocks(rows, rows, starts, reach, rules, 64)
     return list(zip(first.tolist(), (stop - 1).tolist(), strict=True))
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from jaxtune import tree
 from jaxtune.config import Config, DataConfig, TrainConfig
 from jaxtune.data import audit
-from jaxtune.data.labels import Form, base_labels, spell
+from jaxtune.data.labels import Form, spell
 from jaxtune.data.packing import Batch, digest
 from jaxtune.data.pipeline import Prepared, prepare
 from jaxtune.errors import ConfigError, DataError, ModelError
@@ -249,17 +249,17 @@ def test_names_of_saved_datasets_and_their_parquet_stand_for_the_numbers(tmp_pat
 def test_classes_of_a_base_are_its_own_only_when_it_names_them():
     trained = {"architectures": ["BertForSequenceClassification"]}
     names = {"10": "k", **{str(n): chr(97 + n) for n in range(10)}}
-    assert base_labels(trained | {"id2label": names}) == tuple("abcdefghijk")
+    assert families.base_labels(trained | {"id2label": names}) == tuple("abcdefghijk")
     for hf in (
         {"architectures": ["BertForTokenClassification"], "id2label": names},
         trained | {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}},
         trained | {"id2label": {"0": "score"}},
         trained,
     ):
-        assert base_labels(hf) == ()
+        assert families.base_labels(hf) == ()
     for problem in ("regression", "multi_label_classification"):
         with pytest.raises(ModelError, match=problem):
-            base_labels(trained | {"problem_type": problem})
+            families.base_labels(trained | {"problem_type": problem})
 
 
 def test_a_label_or_a_type_makes_other_data(tmp_path):

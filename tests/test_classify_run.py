@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtune import config as settings
+from jaxtune.compare import verify
 from jaxtune.errors import ConfigError
 from jaxtune.hf import files
 from jaxtune.hf.load import load_model
@@ -107,6 +108,17 @@ def test_the_bases_own_classes_keep_its_head(run, tmp_path, capsys):
     result = fit(dataclasses.replace(config, train=short), tmp_path / "run")
     assert "is kept, its classes are: bad, good" in capsys.readouterr().err
     assert result["loss_before"] < 0.1  # it goes on from what it knows
+
+
+def test_a_new_head_that_a_rule_freezes_is_part_of_the_model(tmp_path):
+    base = tiny.write_complete(tmp_path / "base")
+    config = _config(base, _rows(tmp_path / "rows.jsonl", WORDS))
+    optim = dataclasses.replace(config.optim, rules=((r"^score\.", "freeze"),))
+    short = dataclasses.replace(config.train, steps=1)
+    fit(dataclasses.replace(config, optim=optim, train=short), tmp_path / "run")
+    for kind in ("hf", "peft"):
+        export(tmp_path / "run", tmp_path / kind, format=kind)
+        assert verify(str(tmp_path / "run"), str(tmp_path / kind))["differ"] == 0
 
 
 def test_an_encoder_writes_no_text_and_says_so(tmp_path):

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1] / "jaxtune"
 LEVELS = {
     "errors": 0, "config": 0, "tree": 0, "sharding": 0, "console": 0, "digest": 0,
     "flags": 0,
-    "kernels": 1, "signals": 1, "bucket": 1, "pods": 1,
-    "models": 2, "data": 2,
+    "kernels": 1, "signals": 1, "bucket": 1,
+    "models": 2, "data": 2, "pods": 2,
     "lora": 3, "optim": 3, "objectives": 3, "hf": 3,
     "step": 4, "assemble": 4,
     "checkpoint": 5, "metrics": 5, "decoding": 5, "workdir": 5, "setup": 5,

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,16 @@ def rewrite(folder, change) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def split(folder: Path, count: int) -> None:
+    """Spreads the tensors of a folder's model.safetensors over files model-0, -1, ..."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-{i % count}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        save_file({n: tensors[n] for n, f in weight_map.items() if f == file}, folder / file)
+    (folder / files.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
 def test_every_leaf_comes_from_its_tensor_in_its_orientation(tmp_path):
     stored = tiny.tensors(tiny.SIZES)
     _, params = tree.split(load.load_model(str(tiny.write(tmp_path))))
@@ -44,12 +55,7 @@ def test_every_leaf_comes_from_its_tensor_in_its_orientation(tmp_path):
 
 def test_sharded_files_equal_one(tmp_path):
     whole, parts = tiny.write(tmp_path / "whole"), tiny.write(tmp_path / "parts")
-    tensors = load_file(parts / "model.safetensors")
-    (parts / "model.safetensors").unlink()
-    weight_map = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(sorted(tensors))}
-    for file in set(weight_map.values()):
-        save_file({n: tensors[n] for n, f in weight_map.items() if f == file}, parts / file)
-    (parts / files.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    split(parts, 3)
     np.testing.assert_array_equal(
         load.load_model(str(parts))(TOKENS), load.load_model(str(whole))(TOKENS)
     )
@@ -281,12 +287,7 @@ def test_a_vision_tower_is_left_alone(tmp_path):
 
 def test_a_shard_that_is_cut_short_is_named(tmp_path):
     folder = tiny.write(tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    weight_map = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
-    for file in set(weight_map.values()):
-        save_file({n: tensors[n] for n, f in weight_map.items() if f == file}, folder / file)
-    (folder / files.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    split(folder, 2)
     whole = files.tensors(folder)
     shard = folder / "model-1.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from jaxtune import assemble, config, setup, sharding, step
+from jaxtune import assemble, config, setup, sharding, step, tree
 from jaxtune.data.packing import Batch
+from jaxtune.models.decoder import Decoder, DecoderConfig
+from jaxtune.models.stacks import REMAT
 from tests import tiny
 
 ROWS, WIDTH = 8, 12
@@ -90,12 +93,34 @@ def test_accumulating_equals_one_batch(base, changes):
         np.testing.assert_allclose(accumulated.trainable[path], leaf, atol=2e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", sorted({*REMAT} - {"full"}))
 def test_remat_changes_no_number(base, remat):
     batches = [batch(i) for i in range(3)]
     np.testing.assert_allclose(
         run(start(base, model__remat=remat), batches)[0], run(start(base), batches)[0], rtol=1e-6
     )
+
+
+def test_each_policy_keeps_less_than_the_one_before():
+    sizes = DecoderConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=256, num_layers=8,
+        num_heads=4, num_kv_heads=4, head_dim=16, max_position=512,
+    )  # fmt: skip
+    tokens = jax.ShapeDtypeStruct((4, 512), jnp.int32)
+
+    def temporaries(remat: str) -> int:
+        model = nnx.eval_shape(lambda: Decoder(sizes, rngs=nnx.Rngs(0), remat=remat))
+        graphdef, params = tree.split(model)
+
+        def loss(params, tokens_BT):
+            return tree.merge(graphdef, params).hidden(tokens_BT).sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    order = ["none", "projections", "attention", "full"]
+    found = [temporaries(remat) for remat in order]
+    assert found == sorted({*found}, reverse=True)
 
 
 @pytest.mark.parametrize(

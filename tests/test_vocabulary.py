@@ -65,7 +65,7 @@ def assert_close(found, expected):
     "wanted", [(0,), (0, 1), (1,)], ids=["frozen head", "trained", "head only"]
 )
 def test_loss_and_gradients(monkeypatch, chunk, wanted):
-    monkeypatch.setattr(vocabulary, "_CHUNK", chunk)
+    monkeypatch.setattr(vocabulary, "_chunk", lambda vocab: chunk)
     given = inputs(50)
     assert_close(measured(ours, given, wanted), measured(plain, given, wanted))
 
@@ -101,7 +101,7 @@ def test_soft_cap_sharded(mesh):
 @pytest.mark.parametrize("vocab", [64, 50])  # 50 rows do not divide over 8, 4 devices
 @pytest.mark.parametrize("wanted", [(0,), (0, 1)], ids=["frozen head", "trained head"])
 def test_sharded(monkeypatch, mesh, vocab, wanted):
-    monkeypatch.setattr(vocabulary, "_CHUNK", 16)
+    monkeypatch.setattr(vocabulary, "_chunk", lambda vocab: 16)
     given = inputs(vocab)
     expected = measured(plain, given, wanted)
     with jax.set_mesh(sharding.make_mesh(mesh)):
@@ -111,7 +111,7 @@ def test_sharded(monkeypatch, mesh, vocab, wanted):
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_devices_with_unequal_work_end_together(monkeypatch, mesh):
     """All loss in one row: without one trip count, collectives would hang or mix chunks."""
-    monkeypatch.setattr(vocabulary, "_CHUNK", 8)
+    monkeypatch.setattr(vocabulary, "_chunk", lambda vocab: 8)
     x_BTD, head_VD, targets_BT, weights_BT = inputs(64, bearing=1.0)
     given = (x_BTD, head_VD, targets_BT, weights_BT * (jnp.arange(ROWS) == 5)[:, None])
     expected = measured(plain, given, (0, 1))
@@ -131,7 +131,7 @@ def test_tokens_without_loss_are_not_visited():
     ahead = jnp.where((weights_BT == 0)[..., None], jnp.nan, x_BTD)
     # Chunks of one token: with larger ones a last chunk is filled up with its neighbours.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocabulary, "_CHUNK", 1)
+        patch.setattr(vocabulary, "_chunk", lambda vocab: 1)
         found = measured(ours, (ahead, head_VD, targets_BT, weights_BT), (0,))
     assert_close(found, measured(plain, (x_BTD, head_VD, targets_BT, weights_BT), (0,)))
 

@@ -16,11 +16,10 @@ from jaxtune.data.chat import Encoded
 from jaxtune.data.conversations import Unusable, text_of
 from jaxtune.data.packing import Example
 from jaxtune.data.readers import BadRow, Row
-from jaxtune.errors import DataError, ModelError
+from jaxtune.errors import DataError
 
 SHOWN = 20  # classes named in one line
 _NUMBER = re.compile(r"-?\d+")
-_PLACEHOLDER = re.compile(r"LABEL_\d+")
 
 TOUCH = (
     "nothing stands between the two texts of a pair: this tokenizer adds no mark; "
@@ -34,31 +33,10 @@ class Form:
 
     pooled: Literal["first", "last"] = "last"  # the token that stands for the row
     types: bool = False  # the model is told which text of a pair a token is of
-    labels: tuple[str, ...] = ()  # of a trained classifier, in order; see `base_labels`
+    labels: tuple[str, ...] = ()  # of a trained classifier, in order; see `families.base_labels`
 
 
 LAST_TOKEN = Form()
-
-
-def base_labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    """The classes of a trained classifier's config.json, in order; () where it names none.
-
-    Raises:
-      ModelError: one that predicts numbers, or several classes at once.
-    """
-    problem = hf.get("problem_type")
-    if problem not in (None, "single_label_classification"):
-        raise ModelError(
-            f"config.json has problem_type {problem!r}; one class a row is what task=classify "
-            "trains",
-            fix="another base, or the same without problem_type to start a classifier anew",
-        )
-    table = hf.get("id2label")
-    if "SequenceClassification" not in " ".join(hf.get("architectures") or ()) or not table:
-        return ()
-    names = tuple(str(name) for _, name in sorted(table.items(), key=lambda item: int(item[0])))
-    named = not all(_PLACEHOLDER.fullmatch(name) for name in names)
-    return names if named and len(names) > 1 else ()
 
 
 def encode(

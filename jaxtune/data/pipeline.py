@@ -130,43 +130,38 @@ def batches(
     seed: int,
     shuffle: bool = True,
     start_step: int = 0,
-    host: int = 0,
-    hosts: int = 1,
+    mine: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Endless training batches from step `start_step` on: this host's `batch_size / hosts` rows.
+    """Endless training batches from step `start_step` on.
 
-    Each epoch has an order of its own. Hosts hold consecutive slices of one global batch, so the
-    batches are the same on any number of them. Rows are assembled in background threads.
+    Each epoch has an order of its own. A batch is a function of (seed, step); a host among several
+    takes the rows `mine` of it, so the batches are the same on any number of hosts. Rows are
+    assembled in background threads.
     """
     import grain
 
-    share = _share(batch_size, hosts)
-    mine = slice(host * share, (host + 1) * share)
+    mine = np.arange(batch_size) if mine is None else np.asarray(mine)
     parts = rows.parts if rows.weights else ((0, len(rows)),)  # without weights all are one
     streams = []
     for start, end in parts:
         stream = grain.MapDataset.source(range(start, end)).seed((seed + start) % 2**32)
         streams.append((stream.shuffle() if shuffle else stream).repeat())
     order = grain.MapDataset.mix(streams, weights=rows.weights or [1.0])
-    steps = order.batch(batch_size)[start_step:].map(lambda numbers: rows.batch(numbers[mine]))
+    steps = order.batch(batch_size)[start_step:].map(lambda drawn: rows.batch(drawn[mine]))
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
-def eval_batches(rows: Rows, batch_size: int, host: int = 0, hosts: int = 1) -> Iterator[Batch]:
-    """Every row exactly once, in order; the last batch is filled up with rows without weight."""
-    share = _share(batch_size, hosts)
+def eval_batches(
+    rows: Rows, batch_size: int, mine: Sequence[int] | np.ndarray | None = None
+) -> Iterator[Batch]:
+    """Every row exactly once, in order; the last batch is filled up with rows without weight.
+
+    Of each batch a host among several takes the rows `mine`, ascending numbers below `batch_size`.
+    """
+    mine = np.arange(batch_size) if mine is None else np.asarray(mine)
     for start in range(0, len(rows), batch_size):
-        first = start + host * share
-        yield rows.batch(range(first, min(first + share, len(rows))), size=share)
-
-
-def _share(batch_size: int, hosts: int) -> int:
-    if batch_size % hosts:
-        raise ConfigError(
-            f"train.batch_size {batch_size} does not divide by {hosts} hosts",
-            fix=f"a multiple of {hosts}",
-        )
-    return batch_size // hosts
+        numbers = start + mine
+        yield rows.batch(numbers[numbers < len(rows)], size=len(mine))
 
 
 def _kinds(config: Config) -> formats.Kinds:

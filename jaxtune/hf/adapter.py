@@ -70,9 +70,7 @@ def write_adapter(
     }
     saved = _saved_modules(names, targets, known, config, rows)
     tensors = {
-        name: oriented(
-            leaves[path], index, path.endswith((".lora.A", ".lora.B")) or rows.turned(path)
-        )
+        name: oriented(leaves[path], index, rows.turned(path))
         for name, (path, index) in names.items()
     }
     ends = _tied(rows, config)
@@ -137,8 +135,8 @@ def open_adapter(folder: Path, rows: Family, config: LayerConfig) -> dict[str, n
         values = tensor.read().astype(np.float32)
         if not np.isfinite(values).all():
             raise ModelError(f"{folder}: {name} is not finite", fix="another adapter")
-        turned = path.endswith((".lora.A", ".lora.B")) or rows.turned(path)
-        found[_stack_of_one(path)] = _leading(path, values.T if turned else values)
+        values = values.T if rows.turned(path) else values
+        found[_stack_of_one(path)] = _leading(path, values)
     if strange:
         raise ModelError(
             f"{folder} holds what is no adapter of a projection, and no module, of this base: "

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtune.config import LoraConfig
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.hf import files
-from jaxtune.models.adapter import spec
+from jaxtune.models.adapter import CLASSIFIER, in_classifier, spec
 
 CONFIG = "adapter_config.json"
 # Settings that change what the weights mean, and the values under which they mean what ours do.
@@ -26,8 +26,6 @@ _HARMLESS = re.compile(
     r"|(loftq|eva|corda|lora_ga|megatron|runtime)_config|megatron_core|qalora_group_size"
 )
 _OURS = ("r", "alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-# What peft saves in full for every classifier; names that a model does not have do no harm.
-_CLASSIFIER = ["classifier", "score"]
 
 
 def read(folder: Path) -> tuple[dict[str, Any], LoraConfig]:
@@ -97,7 +95,7 @@ def written(
     """
     assert all(spec(lora, name).rank == rank for name, rank in targets.items())
     target_names, layers = _compact(set(targets), modules - saved)
-    full = _suffixes({name for name in saved if not (classifier and _in_head(name))}, modules)
+    full = _suffixes({name for name in saved if not (classifier and in_classifier(name))}, modules)
     settings = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if classifier else "CAUSAL_LM",
@@ -120,14 +118,9 @@ def written(
         # Of several patterns that match, peft takes the first: their order stays.
         "rank_pattern": dict(lora.rank_pattern),
         "alpha_pattern": {name: _short(alpha) for name, alpha in lora.alpha_pattern},
-        "modules_to_save": [*(_CLASSIFIER if classifier else ()), *full] or None,
+        "modules_to_save": [*(CLASSIFIER if classifier else ()), *full] or None,
     }
     return settings | ({"ensure_weight_tying": True} if tied else {})
-
-
-def _in_head(module: str) -> bool:
-    """Whether peft saves a module since it, or what it is part of, is a classifier's head."""
-    return any(part.endswith(tuple(_CLASSIFIER)) for part in module.split("."))
 
 
 def _pairs(patterns: Any, kind: type) -> tuple[tuple[str, Any], ...]:

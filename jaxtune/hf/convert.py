@@ -11,7 +11,6 @@ from jaxtune.console import say
 from jaxtune.hf import files, load
 from jaxtune.hf.adapter import open_adapter
 from jaxtune.hf.export import Export, write_merged
-from jaxtune.models import families
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -45,10 +44,9 @@ def convert(
     """
     base = files.resolve(source)
     # Fields nobody knows do not stop a copy: only names and shapes are asked for.
-    ignore = tuple(families.strange(files.read_json(base / "config.json")))
-    if ignore:
-        say(f"warning: config.json has fields jaxtune does not know: {', '.join(ignore)}")
-    rows, config = load.read_config(base, ignore=ignore)
+    rows, config, strange = load.read_config_leniently(base)
+    if strange:
+        say(f"warning: config.json has fields jaxtune does not know: {', '.join(strange)}")
     load.check_fits(base, rows, config)
     trained: dict[str, Any] = {}
     if adapter is not None:
@@ -59,7 +57,7 @@ def convert(
             trained = {}
         classes = _classes(trained)
         if classes:
-            rows, config = load.read_config(base, num_labels=classes, ignore=ignore)
+            rows, config, _ = load.read_config_leniently(base, num_labels=classes)
     kind = None if dtype is None else DTYPES[dtype]
     return write_merged(
         Path(out), base, rows, config, trained, dtype=kind, max_shard_bytes=shard_bytes

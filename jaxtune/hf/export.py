@@ -144,7 +144,7 @@ def merged(
     memory, rows = rows, rows.on_disk(stored)
     kept, titles = _as_classifier(stored, memory, rows, config)
     changes, inputs_first = _changes(kept, rows, config, trained)
-    heads = {name for path, name in rows.keys.items() if path.startswith(rows.heads)}
+    heads = rows.named(rows.heads)
     floating = next(t.dtype for t in kept.values() if _is_floating(t.dtype))
     last = list(kept.values())[-1].file.name
     result = {}
@@ -173,7 +173,7 @@ def _as_classifier(
     What becomes a classifier loses its other heads, one of which may hold the embedding. Its names
     are transformers' own, which takes a checkpoint for one of the bare body otherwise.
     """
-    heads = {name for path, name in rows.keys.items() if path.startswith(rows.heads)}
+    heads = rows.named(rows.heads)
     if not config.num_labels or heads & set(stored):
         return stored, {}
     head, embedding = (rows.keys.get(k) for k in ("lm_head.embedding", "embed_tokens.embedding"))
@@ -209,7 +209,6 @@ def _changes(
     for path, leaf in trained.items():
         module, _, part = path.partition(".lora.")
         whole = f"{module}.kernel" if part else path
-        turned = part in ("A", "B") or (not part and rows.turned(whole))
         new = config.num_labels and whole.startswith(rows.heads) and not part
         for index, name in rows.slots(whole, config):
             names = [n for n in _aliases(name, rows, config) if new or n in stored]
@@ -218,7 +217,7 @@ def _changes(
                     f"the base has no {name}, which was trained", fix="the base of this run"
                 )
             for name in names:
-                read = partial(oriented, leaf, index, turned)
+                read = partial(oriented, leaf, index, rows.turned(path))
                 changes.setdefault(name, {})[part or "value"] = read
             inputs_first |= set() if rows.turned(whole) else set(names)
     return changes, inputs_first

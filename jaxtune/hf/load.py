@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jaxtune import tree
 from jaxtune.console import say
 from jaxtune.errors import ModelError
 from jaxtune.hf import files
+from jaxtune.kernels import quantize
 from jaxtune.models import families
 from jaxtune.models.decoder import Decoder, DecoderConfig
 from jaxtune.models.encoder import Encoder
@@ -82,6 +84,15 @@ def read_config(
     return families.read(hf, num_labels=num_labels, ignore=ignore)
 
 
+def read_config_leniently(
+    folder: Path, *, num_labels: int | None = None
+) -> tuple[Family, Any, dict[str, Any]]:
+    """As `read_config`, past fields nobody knows: they are the third result, {name: value}."""
+    hf = files.read_json(folder / "config.json")
+    strange = families.strange(hf)
+    return *families.read(hf, num_labels=num_labels, ignore=strange), strange
+
+
 def missing_heads(
     folder: Path, rows: Family, config: Any, shapes: Mapping[str, Any]
 ) -> frozenset[str]:
@@ -110,12 +121,19 @@ def check_fits(folder: Path, rows: Family, config: Any) -> None:
 
 
 def load_params(
-    folder: Path, rows: Family, config: Any, shapes: Mapping[str, jax.ShapeDtypeStruct]
+    folder: Path,
+    rows: Family,
+    config: Any,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    quantized: Mapping[str, quantize.Layout] = MappingProxyType({}),
 ) -> dict[str, jax.Array]:
     """{path: array} for every path of `shapes`, in its dtype and sharding.
 
     The host holds one parameter's buffer beside what is already on the devices, and reads only the
     slices its own devices want.
+
+    Args:
+      quantized: kernels that are quantised as they are read, each with its scale in `shapes`.
 
     Raises:
       ModelError: tensors that are missing, surplus or of another shape, both sides listed.
@@ -123,18 +141,23 @@ def load_params(
     stored = files.tensors(folder)
     rows = rows.on_disk(stored)
     stored = _untie(stored, rows, config)
-    slots = {path: rows.slots(path, config) for path in shapes}
-    _check(folder, stored, slots, shapes, rows, config)
+    scales = {f"{path}_scale" for path in quantized}
+    whole = {path: quantized.get(path, shape) for path, shape in shapes.items()}
+    slots = {path: rows.slots(path, config) for path in shapes if path not in scales}
+    _check(folder, stored, slots, whole, rows, config)
+    params: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
-        return {
-            path: _place(
-                [(index, stored[name]) for index, name in slots[path]],
-                shapes[path],
-                rows.turned(path),
-                pool,
-            )
-            for path in shapes
-        }
+        for path in slots:
+            places = [(index, stored[name]) for index, name in slots[path]]
+            turned = rows.turned(path)
+            if path in quantized:
+                both = (shapes[path], shapes[f"{path}_scale"])
+                params[path], params[f"{path}_scale"] = _place_quantized(
+                    places, quantized[path], both, turned, pool
+                )
+            else:
+                params[path] = _place(places, shapes[path], turned, pool)
+    return params
 
 
 def _place(
@@ -161,6 +184,102 @@ def _place(
     if shape.sharding is None:
         return jax.device_put(fill((slice(None),) * len(shape.shape)))
     return jax.make_array_from_callback(shape.shape, shape.sharding, fill)
+
+
+def _place_quantized(
+    slots: list[tuple[tuple[int, ...], files.Tensor]],
+    layout: quantize.Layout,
+    shapes: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct],
+    turned: bool,
+    pool: ThreadPoolExecutor,
+) -> tuple[jax.Array, jax.Array]:
+    """(values, scale) of a kernel: both come from one reading, in buffers for all local devices."""
+    leading = len(slots[0][0])
+    boxes = [_box(shape) for shape in shapes]
+    assert boxes[0][-1] == boxes[1][-1], "values and scales are cut at the same outputs"
+    outs = [_empty([len(r) for r in box], s.dtype) for box, s in zip(boxes, shapes, strict=True)]
+    work = []
+    for at, tensor in slots:
+        if all(i in r for i, r in zip(at, boxes[0], strict=False)):
+            mine = tuple(i - r.start for i, r in zip(at, boxes[0], strict=False))
+            parts = [out[mine] for out in outs]
+            work += _quantized_chunks(tensor, layout, parts, boxes[0][leading:], turned)
+    for _ in pool.map(lambda chunk: chunk(), work):
+        pass  # which raises what a thread raised
+
+    def part(number: int, index) -> np.ndarray:
+        box, shape = boxes[number], shapes[number].shape
+        ranges = [range(*i.indices(n)) for i, n in zip(index, shape, strict=True)]
+        inside = (
+            slice(r.start - b.start, r.stop - b.start) for r, b in zip(ranges, box, strict=True)
+        )
+        return outs[number][tuple(inside)]
+
+    values, scale = (
+        jax.make_array_from_callback(shape.shape, shape.sharding, partial(part, number))
+        for number, shape in enumerate(shapes)
+    )
+    return values, scale
+
+
+def _box(shape: jax.ShapeDtypeStruct) -> list[range]:
+    """The smallest box, a range a dimension, with all that devices of this process want."""
+    assert shape.sharding is not None
+    wanted = list(shape.sharding.addressable_devices_indices_map(shape.shape).values())
+    found = []
+    for dim, size in enumerate(shape.shape):
+        ends = [index[dim].indices(size) for index in wanted if index is not None]
+        found.append(range(min(first for first, _, _ in ends), max(last for _, last, _ in ends)))
+    return found
+
+
+def _quantized_chunks(
+    tensor: files.Tensor,
+    layout: quantize.Layout,
+    outs: list[np.ndarray],
+    box: list[range],
+    turned: bool,
+) -> Iterator[partial[None]]:
+    """Work that fills `outs`, values and scale of one matrix, with what lies in `box` of it."""
+    groups, outputs = box[0], box[-1]
+    if layout.packed:
+        last = min(groups.stop * quantize.GROUP, layout.shape[-2])
+        inputs, kept = slice(groups.start * quantize.GROUP, last), slice(0, None)
+    else:  # a scale is of all inputs
+        inputs, kept = slice(0, layout.shape[-2]), slice(groups.start, groups.stop)
+    width = inputs.stop - inputs.start
+    # A file with inputs first is read whole: its outputs are not together.
+    many = _CHUNK // (width * tensor.dtype.itemsize) if turned else len(outputs)
+    count = max(1, min(len(outputs), many))
+    for start in range(0, len(outputs), count):
+        start = min(start, len(outputs) - count)  # chunks of one shape, as in `_chunks`
+        columns = slice(outputs.start + start, outputs.start + start + count)
+        parts = [out[..., start : start + count] for out in outs]
+        rows, across = (columns, inputs) if turned else (inputs, columns)
+        yield partial(_quantize, tensor, layout.scheme, parts, (rows, across, kept), turned)
+
+
+def _quantize(
+    tensor: files.Tensor,
+    scheme: str,
+    outs: list[np.ndarray],
+    where: tuple[slice, slice, slice],
+    turned: bool,
+) -> None:
+    """Quantises rows and columns of a tensor, and keeps some of the inputs' values."""
+    rows, columns, kept = where
+    values = _empty((rows.stop - rows.start, columns.stop - columns.start), tensor.dtype)
+    tensor.read_into(values, rows.start, columns)
+    # Where there is no CPU device one of the others does it, a chunk at a time.
+    device = _host() or jax.local_devices()[0]
+    found = _quantizer(scheme, turned)(jax.device_put(values, device))
+    for out, new, some in zip(outs, found, (kept, slice(0, None)), strict=True):
+        np.copyto(out.view(f"u{out.itemsize}"), np.asarray(new)[some].view(f"u{out.itemsize}"))
+
+
+@cache
+def _quantizer(scheme: str, turned: bool) -> Any:
+    return jax.jit(lambda stored: quantize.quantize(stored.T if turned else stored, scheme))
 
 
 def _chunks(
@@ -255,7 +374,8 @@ def _check(
         shape = tuple(shapes[path].shape[len(places[0][0]) :])
         shape = shape[::-1] if rows.turned(path) else shape
         wanted |= dict.fromkeys((name for _, name in places), shape)
-    others = _other_heads(rows, config)
+    # Heads that a classifier made from a checkpoint does without, or starts anew.
+    others = rows.named(("lm_head.", *rows.heads) if config.num_labels else ())
     surplus = sorted(n for n in set(stored) - set(wanted) if not _unread(n, rows) | (n in others))
     missing = sorted(set(wanted) - set(stored))
     wrong = [
@@ -266,7 +386,7 @@ def _check(
     if missing or surplus or wrong:
         sides = {"missing": missing, "surplus": surplus, "wrong shape": wrong}
         fix = "the config.json that belongs to these weights"
-        if not config.num_labels and set(surplus) & set(_heads(rows)):
+        if not config.num_labels and set(surplus) & rows.named(rows.heads):
             fix = "task='classify': it is a classifier's checkpoint"
         raise ModelError(
             f"{folder} does not fit its config.json: "
@@ -277,16 +397,6 @@ def _check(
 
 def _unread(name: str, rows: Family) -> bool:
     return any(re.search(pattern, name) for pattern in (*rows.ignored, *rows.untouched))
-
-
-def _heads(rows: Family) -> list[str]:
-    return [name for path, name in rows.keys.items() if path.startswith(rows.heads)]
-
-
-def _other_heads(rows: Family, config: Any) -> set[str]:
-    """Heads in a checkpoint that a classifier made from it does without, or starts anew."""
-    others = ("lm_head.", *rows.heads) if config.num_labels else ()
-    return {name for path, name in rows.keys.items() if path.startswith(others)}
 
 
 def _sample(names: list[str]) -> str:

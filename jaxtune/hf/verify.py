@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import ml_dtypes
 import numpy as np
-from flax import nnx
 
 from jaxtune import tree
 from jaxtune.hf import load
@@ -86,11 +85,9 @@ def by_canonical_name(
     Without buffers that nobody reads, and without the second copy of a tied table.
     """
     disk = rows.on_disk(tensors)
-    module = load.module_of(config)
-    shapes = tree.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))[1]
     names = {
         stored: name
-        for path in shapes
+        for path in load.leaves_of(config)
         for (_, stored), (_, name) in zip(
             disk.slots(path, config), rows.slots(path, config), strict=True
         )

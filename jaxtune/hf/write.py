@@ -137,7 +137,7 @@ def oriented(leaf: Any, index: tuple[int, ...], turned: bool) -> np.ndarray:
 
     Args:
       index: where it lies in the leaf, as `Family.slots` says.
-      turned: with its axes swapped, outputs before inputs: `Family.turned`, and always A and B.
+      turned: with its axes swapped, outputs before inputs; see `Family.turned`.
     """
     values = np.asarray(leaf[index], np.float32)
     return values.T if turned else values

@@ -15,9 +15,12 @@ from jax.nn import initializers
 
 from jaxtune.config import LoraConfig
 from jaxtune.kernels import experts
-from jaxtune.models.layers import Axes, Dropout, param
+from jaxtune.models.layers import Axes, Dropout, Linear, param
 
 Value = TypeVar("Value", int, float)
+
+# What PEFT saves in full for every classifier; names that a model does not have do no harm.
+CLASSIFIER = ("classifier", "score")
 
 
 class Spec(NamedTuple):
@@ -42,6 +45,11 @@ def first_match(patterns: Iterable[tuple[str, Value]], name: str, default: Value
     """The value of the first pattern for whole parts at the end of the name, as PEFT matches."""
     matching = (value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name))
     return next(matching, default)
+
+
+def in_classifier(name: str) -> bool:
+    """Whether a Hugging Face name is a classifier's head or in one, which PEFT trains in full."""
+    return any(part.endswith(CLASSIFIER) for part in name.split("."))
 
 
 @jax.custom_vjp
@@ -102,9 +110,9 @@ class Adapter(nnx.Module):
         self.salt = salt  # sets this adapter's dropout apart from its neighbours'
 
     def __call__(
-        self, x_BTI: jax.Array, y_BTO: jax.Array, kernel_IO: jax.Array, dropout: Dropout | None
+        self, x_BTI: jax.Array, y_BTO: jax.Array, linear: Linear, dropout: Dropout | None
     ) -> jax.Array:
-        """The projection's output x W in `y_BTO`, with this update of it.
+        """The output x W of `linear` in `y_BTO`, with this update of it.
 
         With DoRA, dropout acts on the input of what is added to x W, the rescaled W too (as PEFT).
         """
@@ -116,9 +124,10 @@ class Adapter(nnx.Module):
         update_BTO = low_rank(x_BTI, self.A[...], self.B[...] * self.scale[...])
         if self.magnitude is None:
             return y_BTO + update_BTO
+        kernel_IO = linear.dense(x_BTI.dtype)
         lengths_O = column_lengths(kernel_IO, self.A[...], self.B[...] * self.scale[...])
         ratio_O = self.magnitude[...] / lengths_O
-        dropped_BTO = y_BTO if dropout is None else x_BTI @ kernel_IO
+        dropped_BTO = y_BTO if dropout is None else linear.product(x_BTI, x_BTI.dtype)
         # In float32: a ratio in bfloat16 could not be told from 1 for most of a training.
         added_BTO = (ratio_O - 1) * dropped_BTO + ratio_O * update_BTO
         return (y_BTO + added_BTO).astype(y_BTO.dtype)

@@ -17,12 +17,6 @@ from jaxtune.models.rope import Rope
 _UNTURNED = (Rope(kind="none"),)
 
 
-def _read(hf: Fields, *names: str) -> None:
-    """Fields that are known, and change nothing for a classifier."""
-    for name in names:
-        hf.get(name)
-
-
 def _heads(hf: Fields, width: str, heads: str) -> dict[str, Any]:
     size, count = int(hf.need(width)), int(hf.need(heads))
     if size % count:
@@ -56,8 +50,8 @@ def _post_norm(activation: str) -> dict[str, Any]:
 
 def _bert(hf: Fields) -> EncoderConfig:
     # What many a published config.json says of a pooler that is always the same.
-    _read(hf, "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers")
-    _read(hf, "pooler_size_per_head", "tie_word_embeddings", "output_past")
+    hf.pass_over("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers")
+    hf.pass_over("pooler_size_per_head", "tie_word_embeddings", "output_past")
     hf.one_of("pooler_type", "first_token_transform", ("first_token_transform",))
     hf.one_of("directionality", "bidi", ("bidi",))
     hf.one_of("position_embedding_type", "absolute", ("absolute",))
@@ -89,7 +83,7 @@ def _roberta(hf: Fields) -> EncoderConfig:
 
 
 def _distilbert(hf: Fields) -> EncoderConfig:
-    _read(hf, "sinusoidal_pos_embds", "tie_weights_", "tie_word_embeddings", "output_past")
+    hf.pass_over("sinusoidal_pos_embds", "tie_weights_", "tie_word_embeddings", "output_past")
     return EncoderConfig(
         vocab_size=hf.need("vocab_size"),
         intermediate_size=hf.need("hidden_dim"),
@@ -103,9 +97,9 @@ def _distilbert(hf: Fields) -> EncoderConfig:
 
 
 def _modernbert(hf: Fields) -> EncoderConfig:
-    _read(hf, "layer_norm_eps", "position_embedding_type", "tie_word_embeddings", "decoder_bias")
-    _read(hf, "sparse_prediction", "sparse_pred_ignore_index", "deterministic_flash_attn")
-    _read(hf, "reference_compile", "repad_logits_with_grad", "is_decoder")
+    hf.pass_over("layer_norm_eps", "position_embedding_type", "tie_word_embeddings", "decoder_bias")
+    hf.pass_over("sparse_prediction", "sparse_pred_ignore_index", "deterministic_flash_attn")
+    hf.pass_over("reference_compile", "repad_logits_with_grad", "is_decoder")
     layers, every = hf.need("num_hidden_layers"), hf.get("global_attn_every_n_layers", 3)
     local = sliding_layers(hf, layers, lambda i: i % every != 0)
     bias, half = bool(hf.get("attention_bias")), hf.get("local_attention", 128) // 2

@@ -168,19 +168,20 @@ class Attention(nnx.Module):
             k_BSKH = jax.lax.dynamic_update_slice(cache.k_BSKH, k_BSKH, start)
             v_BSKH = jax.lax.dynamic_update_slice(cache.v_BSKH, v_BSKH, start)
             cache = Cache(k_BSKH, v_BSKH)
-        out_BTNH = attention(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            context.segments_BT,
-            context.segments_BS,
-            context.offset,
-            scale=config.query_scale or config.head_dim**-0.5,
-            softcap=config.softcap,
-            window=pattern.window,
-            windows=tuple(sorted({*config.windows})),
-            causal=config.causal,
-        )
+        with jax.named_scope("attention"):  # jaxtune plan finds it by this
+            out_BTNH = attention(
+                q_BTNH,
+                k_BSKH,
+                v_BSKH,
+                context.segments_BT,
+                context.segments_BS,
+                context.offset,
+                scale=config.query_scale or config.head_dim**-0.5,
+                softcap=config.softcap,
+                window=pattern.window,
+                windows=tuple(sorted({*config.windows})),
+                causal=config.causal,
+            )
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1), dropout), cache
 
     def _project(self, x_BTD, dropout: Dropout | None) -> list[jax.Array]:
@@ -266,7 +267,7 @@ class SparseMLP(nnx.Module):
 
             def project(name: str, x):
                 linear: Linear = linears[name]
-                y = experts.grouped(x, linear.kernel[...], plan)
+                y = linear.grouped(x, plan)
                 return y if linear.lora is None else linear.lora.grouped(x, y, dropout, plan)
 
             gate_MF = activate(self.activation, project("gate_proj", x_MD))

@@ -32,11 +32,6 @@ def decoder(f: Fields, defaults: Mapping[str, Any], **switches: Any) -> DecoderC
     max_position = number("max_position_embeddings", 2048)
     act = "hidden_activation" if "hidden_activation" in defaults else "hidden_act"
     bias = bool(f.get("attention_bias", False))
-    rope: dict[str, Any] = (
-        {}
-        if "ropes" in switches
-        else {"ropes": (single_rope(f, defaults, head_dim, max_position),)}
-    )
     values: dict[str, Any] = {
         "vocab_size": number("vocab_size"),
         "hidden_size": hidden,
@@ -52,7 +47,9 @@ def decoder(f: Fields, defaults: Mapping[str, Any], **switches: Any) -> DecoderC
         "o_bias": bias,
         "tie_embeddings": bool(f.get("tie_word_embeddings", defaults.get("tie", False))),
     }
-    return DecoderConfig(**(values | rope | switches))
+    if "ropes" not in switches:
+        values["ropes"] = (single_rope(f, defaults, head_dim, max_position),)
+    return DecoderConfig(**(values | switches))
 
 
 def _llama(f: Fields) -> DecoderConfig:
@@ -81,7 +78,7 @@ def _qwen_windows(f: Fields) -> tuple[int, ...]:
 
 def _switched_window(f: Fields, default: int | None = None) -> int:
     """A window that counts only where use_sliding_window says so; 0 is none."""
-    f.get("max_window_layers")
+    f.pass_over("max_window_layers")
     window = int(f.get("sliding_window", default) or 0)
     return window if f.get("use_sliding_window") else 0
 
@@ -90,7 +87,7 @@ _GEMMA: dict[str, Any] = {"head_dim": 256, "tie": True, "max_position_embeddings
 
 
 def _gemma(f: Fields) -> DecoderConfig:
-    f.get("hidden_activation")  # transformers 5 goes by hidden_act, and reads gelu as its tanh form
+    f.pass_over("hidden_activation")  # transformers 5 goes by hidden_act; its gelu is the tanh form
     act = f.one_of("hidden_act", "gelu_pytorch_tanh", ACTIVATIONS)
     return decoder(
         f,
@@ -117,7 +114,7 @@ def _gemma3(f: Fields) -> DecoderConfig:
     window = int(f.get("sliding_window", 4096) or 0)
     layers = int(f.get("num_hidden_layers", 26))
     kinds = sliding_layers(f, layers, lambda i: (i + 1) % period != 0)
-    f.get("attn_logit_softcapping")  # stored, and not used by transformers
+    f.pass_over("attn_logit_softcapping")  # stored, and not used by transformers
     both = dict(f.get("rope_parameters") or {})
     full = both.get("full_attention") or {"rope_theta": f.get("rope_theta", 1e6)}
     local = both.get("sliding_attention") or {"rope_theta": f.get("rope_local_base_freq", 1e4)}
@@ -140,16 +137,12 @@ def _gemma3(f: Fields) -> DecoderConfig:
 
 
 def _gemma23(f: Fields, defaults: dict[str, Any], **switches: Any) -> DecoderConfig:
-    f.get("hidden_act")  # an older field that hidden_activation has taken the place of
-    sizes: dict[str, Any] = {
-        "vocab_size": 256000,
-        "intermediate_size": 9216,
-        "num_attention_heads": 8,
-    }
-    sizes |= {"num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh"}
+    f.pass_over("hidden_act")  # an older field that hidden_activation has taken the place of
+    sizes = {"vocab_size": 256000, "intermediate_size": 9216, "num_attention_heads": 8}
+    more = {"num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh"}
     return decoder(
         f,
-        _GEMMA | sizes | defaults,
+        _GEMMA | sizes | more | defaults,
         norm="rms_plus_one",
         norms="sandwich",
         embed_scale=math.sqrt(int(f.get("hidden_size", 2304))),
@@ -159,9 +152,8 @@ def _gemma23(f: Fields, defaults: dict[str, Any], **switches: Any) -> DecoderCon
 
 
 def _gemma3_wrapper(f: Fields) -> DecoderConfig:
-    vision = "vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index"
-    for name in vision.split():
-        f.get(name)
+    f.pass_over("vision_config", "mm_tokens_per_image")
+    f.pass_over("boi_token_index", "eoi_token_index", "image_token_index")
     text = Fields(f.need("text_config"))
     config, unknown = _gemma3(text), unknown_fields(text)
     if unknown:
@@ -179,13 +171,8 @@ def _phi3(f: Fields) -> DecoderConfig:
     for name in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini, where they are one
         f.one_of(name, 1, (1,))
     defaults = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original": original}
-    return decoder(
-        f,
-        defaults,
-        fused_qkv=True,
-        mlp="fused",
-        windows=_all(f, f.get("sliding_window")),
-    )
+    windows = _all(f, f.get("sliding_window"))
+    return decoder(f, defaults, fused_qkv=True, mlp="fused", windows=windows)
 
 
 def _smollm3(f: Fields) -> DecoderConfig:
@@ -207,19 +194,14 @@ def _smollm3(f: Fields) -> DecoderConfig:
 
 def _olmo2(f: Fields) -> DecoderConfig:
     return decoder(
-        f,
-        {"rms_norm_eps": 1e-5},
-        norm="rms_float",
-        norms="post",
-        qk_norm="width",
-        float_rope=True,
+        f, {"rms_norm_eps": 1e-5}, norm="rms_float", norms="post", qk_norm="width", float_rope=True
     )
 
 
 def _gpt2(f: Fields) -> DecoderConfig:
     hidden, heads = int(f.get("n_embd", 768)), int(f.get("n_head", 12))
-    f.get("reorder_and_upcast_attn")  # scores are float32 here anyway
-    f.get("n_ctx")  # an older name of n_positions
+    f.pass_over("reorder_and_upcast_attn")  # scores are float32 here anyway
+    f.pass_over("n_ctx")  # an older name of n_positions
     return DecoderConfig(
         vocab_size=int(f.get("vocab_size", 50257)),
         hidden_size=hidden,
@@ -274,7 +256,7 @@ def _qwen3_moe(f: Fields) -> DecoderConfig:
         normalize=bool(f.get("norm_topk_prob", False)),
         balance_weight=_balance_weight(f),
     )
-    f.get("num_local_experts")
+    f.pass_over("num_local_experts")
     return decoder(
         f,
         {"num_key_value_heads": 4, "max_position_embeddings": 32768, "intermediate_size": 6144},
@@ -364,10 +346,7 @@ _OLD = (r"\.rotary_emb\.inv_freq$",)
 _BARE = ((("model.", ""),),)  # saved from the body alone
 _PHI3_LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 _DENSE = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
-_GEMMA3_KEYS = keys(norms=(*_SANDWICH, *_QK))
-_MIXTRAL_KEYS = keys(_ATTENTION) | _experts(
-    "block_sparse_moe", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-)
+_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def _family(label: str, config: Callable[[Fields], DecoderConfig], table, **more: Any) -> Family:
@@ -381,7 +360,7 @@ CAUSAL: dict[str, Family] = {
     "qwen3": _family("Qwen3", _qwen3, keys(norms=(*_NORMS, *_QK))),
     "gemma": _family("Gemma", _gemma, keys()),
     "gemma2": _family("Gemma2", _gemma2, keys(norms=_SANDWICH)),
-    "gemma3_text": _family("Gemma3Text", _gemma3, _GEMMA3_KEYS),
+    "gemma3_text": _family("Gemma3Text", _gemma3, keys(norms=(*_SANDWICH, *_QK))),
     "gemma3": _family(
         "Gemma3",
         _gemma3_wrapper,
@@ -405,7 +384,9 @@ CAUSAL: dict[str, Family] = {
         transposed=False,
         layouts=((("transformer.", ""),),),
     ),
-    "mixtral": _family("Mixtral", _mixtral, _MIXTRAL_KEYS),
+    "mixtral": _family(
+        "Mixtral", _mixtral, keys(_ATTENTION) | _experts("block_sparse_moe", _MIXTRAL)
+    ),
     "qwen3_moe": _family(
         "Qwen3Moe", _qwen3_moe, keys(norms=(*_NORMS, *_QK)) | _experts("mlp", _DENSE)
     ),

@@ -11,7 +11,7 @@ from jaxtune.kernels.experts import Balance
 from jaxtune.kernels.vocabulary import look_up
 from jaxtune.models.blocks import Cache, LayerConfig, context
 from jaxtune.models.layers import Dropout, Embedding, Linear, Norm
-from jaxtune.models.stacks import make_layers, run_layers
+from jaxtune.models.stacks import layers_of, make_layers, run_layers
 from jaxtune.sharding import constrain_batch
 
 
@@ -140,8 +140,7 @@ class Decoder(nnx.Module):
         heads = (self.config.num_kv_heads, self.config.head_dim)
         stacks = {}
         for name in self.layers:
-            start, last = map(int, name.split("-"))
-            zeros = jnp.zeros((last + 1 - start, rows, slots, *heads), self.dtype)
+            zeros = jnp.zeros((len(layers_of(name)), rows, slots, *heads), self.dtype)
             stacks[name] = Cache(zeros, zeros)
         return KVCache(stacks, jnp.zeros((rows, slots), jnp.int32), jnp.zeros((), jnp.int32))
 

@@ -51,6 +51,10 @@ class Fields(Mapping[str, Any]):
             raise ModelError(f"config.json has {name} {value!r}", fix=f"one of {options}")
         return value
 
+    def pass_over(self, *names: str) -> None:
+        """Fields that are known, and change nothing that is computed here."""
+        self._read.update(names)
+
     def unread(self) -> list[str]:
         """Fields nobody read that are not off (null, false, zero or empty)."""
         return [name for name, value in self._values.items() if name not in self._read and value]
@@ -97,10 +101,15 @@ class Family:
                 result.append(((*index, expert), self.tensor(single, expert)))
         return result
 
+    def named(self, prefixes: tuple[str, ...]) -> set[str]:
+        """Tensors, or templates of them, of the paths that begin with one of these."""
+        return {name for path, name in self.keys.items() if path.startswith(prefixes)}
+
     def turned(self, path: str) -> bool:
-        """Whether a leaf lies in files with its axes swapped: outputs first."""
+        """Whether a leaf lies in files with its axes swapped: outputs first, in A and B too."""
         inside = path.startswith("layers.")
-        return path.endswith(".kernel") and (self.transposed or not inside)
+        kernel = path.endswith(".kernel") and (self.transposed or not inside)
+        return kernel or path.endswith((".lora.A", ".lora.B"))
 
     def on_disk(self, stored: Collection[str]) -> "Family":
         """The family with the names of these files: the layout that finds most of them."""
@@ -138,6 +147,9 @@ _HARMLESS = re.compile(
 )
 
 
+_PLACEHOLDER = re.compile(r"LABEL_\d+")  # the name that transformers gives a class without one
+
+
 def read(
     hf: Mapping[str, Any], *, num_labels: int | None = None, ignore: Collection[str] = ()
 ) -> tuple[Family, Any]:
@@ -167,8 +179,7 @@ def read(
             fix=f"--config.model.ignore={','.join(unknown)} if you are sure they do not",
         )
     if num_labels is None:
-        classifies = "SequenceClassification" in " ".join(hf.get("architectures") or ())
-        num_labels = labels(hf) if classifies or not hasattr(config, "tie_embeddings") else 0
+        num_labels = labels(hf) if is_classifier(hf) or not hasattr(config, "tie_embeddings") else 0
     return family, replace(config, num_labels=num_labels)
 
 
@@ -200,9 +211,35 @@ def strange(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {name: hf[name] for name in unknown_fields(fields)}
 
 
+def is_classifier(hf: Mapping[str, Any]) -> bool:
+    """Whether a config.json is a classifier's by its architectures."""
+    return "SequenceClassification" in " ".join(hf.get("architectures") or ())
+
+
 def labels(hf: Mapping[str, Any]) -> int:
     """Classes a config.json speaks of; transformers' default is two."""
     return int(hf.get("num_labels") or len(hf.get("id2label") or ()) or 2)
+
+
+def base_labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes of a trained classifier's config.json, in order; () where it names none.
+
+    Raises:
+      ModelError: one that predicts numbers, or several classes at once.
+    """
+    problem = hf.get("problem_type")
+    if problem not in (None, "single_label_classification"):
+        raise ModelError(
+            f"config.json has problem_type {problem!r}; one class a row is what task=classify "
+            "trains",
+            fix="another base, or the same without problem_type to start a classifier anew",
+        )
+    table = hf.get("id2label")
+    if not is_classifier(hf) or not table:
+        return ()
+    names = tuple(str(name) for _, name in sorted(table.items(), key=lambda item: int(item[0])))
+    named = not all(_PLACEHOLDER.fullmatch(name) for name in names)
+    return names if named and len(names) > 1 else ()
 
 
 def _find(hf: Mapping[str, Any]) -> Family:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
+from jaxtune.kernels import experts, quantize
+
 if TYPE_CHECKING:
     from jaxtune.models.adapter import Adapter
 
@@ -54,7 +56,7 @@ def param(
 
 
 class Linear(nnx.Module):
-    """x W + b, plus a low-rank adapter once one is inserted."""
+    """x W + b, plus a low-rank adapter once one is inserted. W may be kept in fewer bits."""
 
     def __init__(
         self,
@@ -71,18 +73,53 @@ class Linear(nnx.Module):
         self.bias = (
             param(rngs, stack, shape[1:], axes[1:], initializers.zeros, dtype) if bias else None
         )
+        self.layout: quantize.Layout | None = None  # of a quantised kernel
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.lora: Adapter | None = nnx.data(None)  # an adapter may follow
 
+    def quantize(self, scheme: str) -> quantize.Layout:
+        """Declares the kernel of an abstract model anew, as values and their scale."""
+        axes = (*_STACK_AXES[: len(self.stack)], *self.axes)
+        layout = quantize.Layout(scheme, (*self.stack, *self.shape), axes)
+        self.layout = quantize.Layout(scheme, self.shape, self.axes)
+        self.kernel, self.kernel_scale = (
+            nnx.Param(jax.ShapeDtypeStruct(array.shape, array.dtype), axes=array.axes)
+            for array in (layout.values, layout.scale)
+        )
+        return layout
+
     def __call__(self, x_BTI: jax.Array, dropout: Dropout | None = None) -> jax.Array:
-        kernel_IO = self.kernel[...].astype(x_BTI.dtype)
         # With a bias the sum is rounded once, as torch does it.
         kind = x_BTI.dtype if self.bias is None else jnp.float32
-        y_BTO = jnp.matmul(x_BTI, kernel_IO, preferred_element_type=kind)
+        y_BTO = self.product(x_BTI, kind)
         if self.lora is not None:
-            y_BTO = self.lora(x_BTI, y_BTO, kernel_IO, dropout)
+            y_BTO = self.lora(x_BTI, y_BTO, self, dropout)
         if self.bias is not None:
             y_BTO = y_BTO + self.bias[...].astype(x_BTI.dtype).astype(kind)
         return y_BTO.astype(x_BTI.dtype)
+
+    def product(self, x_BTI: jax.Array, kind) -> jax.Array:
+        """x W in the dtype `kind`, multiplied in that of x."""
+        if self.layout is None:
+            kernel_IO = self.kernel[...].astype(x_BTI.dtype)
+            return jnp.matmul(x_BTI, kernel_IO, preferred_element_type=kind)
+        return quantize.matmul(x_BTI, self.kernel[...], self._scale(), self.layout, kind)
+
+    def grouped(self, x_MI: jax.Array, plan: experts.Plan) -> jax.Array:
+        """The same for rows that are each one expert's, W [E, I, O]: [M, O]."""
+        if self.layout is None:
+            return experts.grouped(x_MI, self.kernel[...], plan)
+        return quantize.grouped(x_MI, self.kernel[...], self._scale(), self.layout, plan)
+
+    def dense(self, dtype) -> jax.Array:
+        """W [I, O] in `dtype`, however it is kept."""
+        if self.layout is None:
+            return self.kernel[...].astype(dtype)
+        return quantize.dequantize(self.kernel[...], self._scale(), self.layout, dtype)
+
+    def _scale(self) -> jax.Array:
+        assert self.kernel_scale is not None
+        return self.kernel_scale[...]
 
 
 class Embedding(nnx.Module):

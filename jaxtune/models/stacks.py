@@ -16,11 +16,10 @@ from jaxtune.models.layers import Dropout
 _saved = jax.checkpoint_policies
 
 # What the backward pass finds instead of recomputing it, from the fastest to the smallest: all;
-# every product; what goes into attention and comes out of it, and gate and up; the first of these;
-# the layer's input; that, in the host's memory. The names are those given in blocks.py.
+# what goes into attention and comes out of it, and gate and up, so that no large product is done
+# again; the former alone; the layer's input; that, in the host's memory. Names: see blocks.py.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda layer: layer,
-    "dots": partial(jax.checkpoint, policy=_saved.dots_with_no_batch_dims_saveable),
     "projections": partial(
         jax.checkpoint, policy=_saved.save_only_these_names("qkv", "context", "mlp")
     ),
@@ -54,6 +53,13 @@ def make_layers(config: LayerConfig, stacks: tuple[tuple[int, int], ...], **kwar
     )
 
 
+def layers_of(name: str) -> range:
+    """The layers in the stack of this name, "start-last"."""
+    layers = tree.layer_range(f"layers.{name}.")
+    assert layers is not None, name
+    return layers
+
+
 def run_layers(
     layers: nnx.Dict,
     config: LayerConfig,
@@ -72,8 +78,8 @@ def run_layers(
     balance = None
     for salt, (name, stack) in enumerate(layers.items()):
         graphdef, params = nnx.split(stack)
-        start, last = map(int, name.split("-"))
-        pattern = config.pattern(start, last + 1)
+        run = layers_of(name)
+        pattern = config.pattern(run.start, run.stop)
         # What differs between the layers of a stack is scanned; what does not is a constant.
         varying = Pattern(*(each if isinstance(each, np.ndarray) else None for each in pattern))
 
@@ -88,7 +94,7 @@ def run_layers(
 
         keys = None
         if dropout is not None:
-            keys = jax.random.split(jax.random.fold_in(dropout.key, salt), last + 1 - start)
+            keys = jax.random.split(jax.random.fold_in(dropout.key, salt), len(run))
         scanned = (params, keys, None if caches is None else caches[name], varying)
         x_BTD, (new_caches[name], sums) = jax.lax.scan(REMAT[remat](layer), x_BTD, scanned)
         if sums is not None:

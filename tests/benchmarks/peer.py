@@ -23,11 +23,14 @@ def main() -> None:
     parser.add_argument("adapter")
     parser.add_argument("documents")
     parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--float32-adapter", action="store_true")
     args = parser.parse_args()
     model = PeftModel.from_pretrained(
-        LlamaForCausalLM.from_pretrained(args.base, dtype=torch.float32),
+        LlamaForCausalLM.from_pretrained(args.base, dtype=getattr(torch, args.dtype)),
         args.adapter,
         is_trainable=True,
+        autocast_adapter_dtype=args.float32_adapter,
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)

@@ -35,20 +35,18 @@ class Shape(NamedTuple):
         return f"{body}TextConfig" if text else f"{body}Config"
 
 
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 36,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+}
+
+
 def _decoder(**changes: Any) -> dict[str, Any]:
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": 36,
-        "intermediate_size": 44,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 512,
-        "pad_token_id": PAD,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return sizes | changes
+    sizes = {"num_key_value_heads": 1, "max_position_embeddings": 512}
+    return _SIZES | sizes | {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2} | changes
 
 
 def _rope(kind: str = "default", theta: float = 10000.0, **changes: Any) -> dict[str, Any]:
@@ -425,16 +423,7 @@ CAUSAL: dict[str, Shape] = {
 
 
 def _encoder(**changes: Any) -> dict[str, Any]:
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": 36,
-        "intermediate_size": 44,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "max_position_embeddings": 64,
-        "num_labels": 3,
-    }
-    return sizes | changes
+    return _SIZES | {"max_position_embeddings": 64, "num_labels": 3} | changes
 
 
 _MODERN = {

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 from jaxtune import assemble, config, setup, sharding, tree
 from jaxtune.hf.adapter import open_adapter, read_adapter, write_adapter
 from jaxtune.hf.load import read_config
+from tests.oracles.adapters import BLOCKS, random_adapter
 from tests.oracles.families import load, logits, write
 
 TOKENS = np.random.default_rng(0).integers(3, 90, (2, 11)).astype(np.int32)
-BLOCKS = ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2")  # peft's all-linear fails there
 
 
 class Case(NamedTuple):
@@ -73,28 +73,9 @@ def _settings(case: Case) -> dict[str, Any]:
 
 
 def _peft(base: Path, case: Case) -> peft.PeftModel:
-    """A peft model in which everything that training would change is random."""
-    torch.manual_seed(1)
-    targets = list(case.targets) if isinstance(case.targets, tuple) else case.targets
     more: dict[str, Any] = {"modules_to_save": list(case.saved) or None, **case.peft}
-    settings = peft.LoraConfig(
-        task_type="SEQ_CLS" if case.labels else "CAUSAL_LM",
-        lora_alpha=5,
-        target_modules=targets,
-        init_lora_weights=False,
-        **_settings(case),
-        **more,
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")
-        model = peft.get_peft_model(load(base), settings).eval()  # type: ignore[arg-type]  # torch's
-    with torch.no_grad():
-        for name, values in model.named_parameters():
-            if "lora_magnitude" in name:
-                values.mul_(1 + 0.1 * torch.randn_like(values))
-            elif "lora_" in name or "modules_to_save" in name:
-                values.copy_(0.15 * torch.randn_like(values))
-    return model
+    settings = _settings(case) | more
+    return random_adapter(base, case.targets, classifier=case.labels > 0, **settings)
 
 
 def _run(base: Path, adapter: Path, case: Case):

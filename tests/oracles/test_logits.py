@@ -27,6 +27,7 @@ from tests.oracles.families import (
     write,
 )
 
+NEAR = 1e-4  # largest difference in float32
 LENGTH = 40  # longer than every window
 REAL = ((0, 40), (0, 33), (9, 40), (3, 31))  # rows: full, padded right, left, on both sides
 
@@ -35,13 +36,12 @@ def _tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, 90, (rows, length))
 
 
-def _close(found, wanted: np.ndarray, what: str, tolerance: float = 1e-4) -> None:
-    found, size = np.asarray(found, np.float64), np.abs(wanted).max()
-    assert found.shape == wanted.shape, f"{what}: shape {found.shape}, not {wanted.shape}"
-    worst, limit = np.abs(found - wanted).max(), tolerance * max(1.0, size / 10)
-    assert worst <= limit, (
-        f"{what}: off by {worst:.2e}, more than {limit:.1e} (logits to {size:.1f})"
-    )
+def _off(found, wanted: np.ndarray) -> float:
+    """The largest difference, less where logits are beyond 10; infinite for another shape."""
+    found = np.asarray(found, np.float64)
+    if found.shape != wanted.shape:
+        return np.inf
+    return float(np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max() / 10))
 
 
 def _padded(real: tuple[tuple[int, int], ...] = REAL) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +58,7 @@ def test_causal_logits(tmp_path, name):
     tokens = _tokens(2, LENGTH)
     wanted = logits(theirs, tokens)
     assert 1 < np.abs(wanted).max() < 100  # logits of order 1, or the tolerance means nothing
-    _close(ours(tokens), wanted, f"{name}, without padding")
+    assert _off(ours(tokens), wanted) <= NEAR
 
     tokens = _tokens(len(REAL), LENGTH, seed=1)
     positions, segments = _padded()
@@ -66,8 +66,7 @@ def test_causal_logits(tmp_path, name):
     wanted = logits(theirs, padded, attention_mask=segments, position_ids=positions)
     found = np.asarray(ours(tokens, positions, segments))  # what stands in padding is not seen
     for row, (start, stop) in enumerate(REAL):
-        what = f"{name}, real tokens [{start}, {stop}) of {LENGTH}"
-        _close(found[row, start:stop], wanted[row, start:stop], what)
+        assert _off(found[row, start:stop], wanted[row, start:stop]) <= NEAR, f"row {row} of REAL"
 
 
 @pytest.mark.parametrize("name", ["phi3-longrope", "phi3-partial_longrope_window"])
@@ -75,7 +74,7 @@ def test_short_rows_take_the_short_factors(tmp_path, name):
     theirs, ours = load(write(tmp_path, name)), load_model(str(tmp_path))
     for length in (LONGROPE_START, LONGROPE_START + 1):
         tokens = _tokens(2, length)
-        _close(ours(tokens), logits(theirs, tokens), f"{name}, {length} tokens")
+        assert _off(ours(tokens), logits(theirs, tokens)) <= NEAR, f"{length} tokens"
 
 
 # Rows of several blocks of attention, where windows begin and end inside blocks.
@@ -88,7 +87,7 @@ def test_logits_of_long_rows(tmp_path, name):
         sizes["sliding_window"] = 300
     theirs = load(write(tmp_path, name, **sizes))
     tokens = _tokens(1, 600)
-    _close(load_model(str(tmp_path))(tokens), logits(theirs, tokens), f"{name}, 600 tokens", 2e-4)
+    assert _off(load_model(str(tmp_path))(tokens), logits(theirs, tokens)) <= 2 * NEAR
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -97,7 +96,7 @@ def test_encoder_logits(tmp_path, name):
     tokens = _tokens(3, LENGTH)
     wanted = logits(theirs, tokens)
     assert np.ptp(wanted, axis=0).max() > 0.01  # what the rows say makes a difference
-    _close(ours(tokens), wanted, f"{name}, without padding")
+    assert _off(ours(tokens), wanted) <= NEAR
 
     tokens = _tokens(len(REAL), LENGTH, seed=1)
     positions, segments = _padded()
@@ -105,11 +104,11 @@ def test_encoder_logits(tmp_path, name):
     pad = theirs.config.pad_token_id
     right = np.where(segments > 0, tokens, pad)[:2]
     wanted = logits(theirs, right, attention_mask=segments[:2])
-    _close(found[:2], wanted, f"{name}, padded on the right")
+    assert _off(found[:2], wanted) <= NEAR
     # transformers pools the first token of a row, also where that is padding.
     for row, (start, stop) in list(enumerate(REAL))[2:]:
         wanted = logits(theirs, tokens[row : row + 1, start:stop])
-        _close(found[row : row + 1], wanted, f"{name}, padded on the left")
+        assert _off(found[row : row + 1], wanted) <= NEAR, f"row {row} of REAL"
 
 
 @pytest.mark.parametrize("name", ["bert-plain", "bert-gelu_new", "roberta-plain"])
@@ -119,20 +118,20 @@ def test_token_types(tmp_path, name):
     types = np.random.default_rng(3).integers(0, theirs.config.type_vocab_size, tokens.shape)
     wanted = logits(theirs, tokens, token_type_ids=types)
     assert np.abs(wanted - logits(theirs, tokens)).max() > 0.01
-    _close(ours(tokens, types=types), wanted, f"{name}, with token types")
+    assert _off(ours(tokens, types=types), wanted) <= NEAR
 
 
 @pytest.mark.parametrize("name", SCORED)
 def test_scores_of_the_last_token(tmp_path, name):
     theirs, ours = load(write(tmp_path, name)), load_model(str(tmp_path))
     tokens = _tokens(3, LENGTH)
-    _close(ours(tokens), logits(theirs, tokens), f"{name}, without padding")
+    assert _off(ours(tokens), logits(theirs, tokens)) <= NEAR
 
     tokens = _tokens(len(REAL), LENGTH, seed=1)
     positions, segments = _padded()
     padded = np.where(segments > 0, tokens, theirs.config.pad_token_id)
     wanted = logits(theirs, padded, attention_mask=segments, position_ids=positions)
-    _close(ours(tokens, positions, segments), wanted, f"{name}, padded")
+    assert _off(ours(tokens, positions, segments), wanted) <= NEAR
 
 
 def _rms(difference: np.ndarray, *, typical: bool) -> float:
@@ -175,15 +174,15 @@ def test_configs_of_transformers_4(tmp_path, name):
     file = folder / "config.json"
     old = v4_config(json.loads(file.read_text()))
     file.write_text(json.dumps(old))
-    _close(logits(load(folder), tokens), wanted, f"transformers itself, {name}", 0.0)
-    _close(load_model(str(folder))(tokens), wanted, f"{name}, as transformers 4 wrote it")
+    assert _off(logits(load(folder), tokens), wanted) == 0  # to transformers the same model
+    assert _off(load_model(str(folder))(tokens), wanted) <= NEAR
 
 
 def test_logits_of_a_sharded_bfloat16_checkpoint(tmp_path):
     write(tmp_path, "llama-gqa", dtype=torch.bfloat16, shard="15KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     tokens = _tokens(2, 20)
-    _close(load_model(str(tmp_path))(tokens), logits(load(tmp_path), tokens), "sharded bfloat16")
+    assert _off(load_model(str(tmp_path))(tokens), logits(load(tmp_path), tokens)) <= NEAR
 
 
 def _nll(model, tokens: list[int]) -> np.ndarray:
@@ -211,7 +210,7 @@ def test_logits_and_perplexity_of_stories260k(shared_data):
     documents = [window.tokens.tolist() for window in windows]
     longest = np.array([max(documents, key=len)])
     assert longest.size > 300  # more than one block of attention
-    _close(model(longest), logits(torch_model, longest), "stories260k")
+    assert _off(model(longest), logits(torch_model, longest)) <= NEAR
 
     rows = pack([windows], 512, packing=True)
     step, params = _eval_step(model)

@@ -1,0 +1,219 @@
+"""The train step, compiled ahead of its run: what it needs of a device, and what fits there.
+
+The step is lowered by the code that the run uses, from shapes alone, so it may be compiled for
+devices that are not here (`jaxtune plan`).
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.errors import JaxRuntimeError
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from jaxtune import assemble, estimate, setup
+from jaxtune.assemble import Assembly
+from jaxtune.config import Config
+from jaxtune.console import say
+from jaxtune.errors import ConfigError
+from jaxtune.models.stacks import REMAT
+from jaxtune.step import Program, jit_train
+
+GIB = 2**30
+
+
+class Buffer(NamedTuple):
+    """One allocation of a device."""
+
+    bytes: int
+    name: str
+
+
+class Compiled(NamedTuple):
+    """A compiled train step; bytes are those of one device, as the compiler laid them out."""
+
+    executable: Any  # jax.stages.Compiled: (state, frozen, batch) -> (state, StepMetrics)
+    arguments: int
+    temporaries: int
+    outputs: int
+    aliased: int  # outputs that take the place of donated arguments
+    seconds_lower: float
+    seconds_compile: float
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.outputs - self.aliased
+
+    @property
+    def hlo(self) -> str:
+        """The optimized program."""
+        return self.executable.as_text()
+
+
+class OutOfMemory(ConfigError):
+    """The step does not fit its devices. `buffers` are the largest, as far as they are known."""
+
+    def __init__(self, needed: int, available: int, buffers: tuple[Buffer, ...]):
+        self.needed, self.available, self.buffers = needed, available, buffers
+        largest = ", ".join(f"{b.name} {b.bytes / GIB:.2f}" for b in buffers[:3])
+        super().__init__(
+            f"the step needs {needed / GIB:.2f} GiB of a device that has {available / GIB:.2f}; "
+            f"largest: {largest} GiB",
+            fix="model.remat=full, a larger train.grad_accum, model.quantize=int8 or more devices",
+        )
+
+
+def compile_step(
+    config: Config,
+    assembly: Assembly,
+    program: Program,
+    mesh: Mesh,
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compiles the run's train step for the devices of `mesh`.
+
+    Args:
+      options: XLA's compiler_options, by their names without dashes.
+
+    Raises:
+      OutOfMemory: what the compiler, or the memory of a GPU that is here, says of it.
+    """
+    state, frozen, batch = setup.abstract_inputs(config, assembly, program, mesh)
+    started = time.monotonic()
+    with jax.set_mesh(mesh):
+        lowered = jit_train(program, state).lower(state, frozen, batch)
+        middle = time.monotonic()
+        try:
+            executable = lowered.compile(compiler_options=dict(options or {}))
+        except JaxRuntimeError as error:
+            needed, available, buffers = read_out_of_memory(str(error))
+            if not needed:
+                raise
+            guessed = largest(config, assembly, program, mesh)
+            raise OutOfMemory(needed, available, buffers or guessed) from None
+    memory = executable.memory_analysis()
+    assert memory is not None, "every platform we compile for reports its memory"
+    compiled = Compiled(
+        executable,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        seconds_lower=middle - started,
+        seconds_compile=time.monotonic() - middle,
+    )
+    available = memory_of(mesh.devices.flat[0])
+    if available and compiled.total > available:  # XLA compiles for a GPU what does not fit it
+        raise OutOfMemory(compiled.total, available, largest(config, assembly, program, mesh))
+    return compiled
+
+
+def largest(config: Config, assembly: Assembly, program: Program, mesh: Mesh) -> tuple[Buffer, ...]:
+    """What takes most memory of a device, by name, largest first: leaves and kept activations."""
+    state, frozen, _ = setup.abstract_inputs(config, assembly, program, mesh)
+    found = [
+        Buffer(estimate.leaf_bytes(leaf), path)
+        for path, leaf in {**frozen, **state.trainable}.items()
+    ]
+    kept = estimate.saved_by_name(config, assembly, mesh)
+    found += [Buffer(size, f"{name} kept of all layers") for name, size in kept.items()]
+    return tuple(sorted(found, reverse=True)[:8])
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_EARLY = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", re.I)
+_LATE = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.I)
+_ALLOCATION = re.compile(r"Size: ([\d.]+)([KMGT]?)(?:.*?Operator: op_name=\"([^\"]*)\")?", re.S)
+
+
+def read_out_of_memory(message: str) -> tuple[int, int, tuple[Buffer, ...]]:
+    """(needed, available, largest buffers) of XLA's error for TPUs; zeros for another error."""
+    match = _EARLY.search(message) or _LATE.search(message)
+    if match is None:
+        return 0, 0, ()
+    needed, available = _size(match[1], match[2]), _size(match[3], match[4])
+    buffers = []
+    for part in re.split(r"\n\s*\d+\. (?=Size:)", message)[1:]:
+        if (found := _ALLOCATION.match(part)) is not None:
+            buffers.append(Buffer(_size(found[1], found[2]), found[3] or "a buffer"))
+    return needed, available, tuple(sorted(buffers, reverse=True))
+
+
+def _size(number: str, unit: str) -> int:
+    return int(float(number) * _UNITS[unit.upper()])
+
+
+def memory_of(device: Any) -> int:
+    """Bytes that programs may use on a device; 0 where nobody says so, as on a CPU.
+
+    A TPU's are the compiler's own limit: it is asked for a program that cannot fit.
+    """
+    if device.platform == "tpu":
+        place = SingleDeviceSharding(device)
+        huge = jax.ShapeDtypeStruct((1 << 40, 8), jnp.bfloat16, sharding=place)
+        try:
+            jax.jit(lambda x: x + 1).lower(huge).compile()
+        except JaxRuntimeError as error:
+            return read_out_of_memory(str(error))[1]
+        return 0
+    if device.platform == "cpu":
+        return 0
+    return (device.memory_stats() or {}).get("bytes_limit", 0)
+
+
+def resolve_remat(config: Config, folder: Path, mesh: Mesh) -> Config:
+    """model.remat=auto becomes the policy that recomputes least and fits; others come back as is.
+
+    On a CPU that is "full", which is also the fastest there: activations stay in the caches.
+
+    Args:
+      folder: of the base; its config.json is all that is read.
+    Raises:
+      OutOfMemory: not even the smallest policy fits.
+    """
+    if config.model.remat != "auto":
+        return config
+    if mesh.devices.flat[0].platform == "cpu":
+        return with_remat(config, "full")
+    tried: OutOfMemory | None = None
+    for candidate in remat_candidates(config, folder, mesh):
+        assembly = assemble.assemble(candidate, folder, mesh, weights=False)
+        try:
+            compiled = compile_step(
+                candidate, assembly, setup.program(candidate, assembly, 1), mesh
+            )
+        except OutOfMemory as error:
+            tried = error
+            continue
+        say(
+            f"model.remat=auto is {candidate.model.remat} here: {compiled.total / GIB:.2f} GiB a "
+            f"device, compiled in {compiled.seconds_lower + compiled.seconds_compile:.0f} s"
+        )
+        return candidate
+    assert tried is not None, "the last policy is always tried"
+    raise tried
+
+
+def remat_candidates(config: Config, folder: Path, mesh: Mesh) -> Iterator[Config]:
+    """What model.remat=auto may be, from the fastest on, without those that cannot fit."""
+    available = memory_of(mesh.devices.flat[0])
+    for policy in REMAT:
+        candidate = with_remat(config, policy)
+        assembly = assemble.assemble(candidate, folder, mesh, weights=False)
+        program = setup.program(candidate, assembly, steps=1)
+        least = estimate.memory(candidate, assembly, program, mesh)
+        if policy == [*REMAT][-1] or least.arguments + least.saved <= (available or math.inf):
+            yield candidate
+
+
+def with_remat(config: Config, policy: str) -> Config:
+    """The config with another model.remat."""
+    model: Any = dataclasses.replace(config.model, remat=policy)  # type: ignore[arg-type]  # one of REMAT
+    return dataclasses.replace(config, model=model)

@@ -1,0 +1,191 @@
+"""One compiled step in numbers, kept on disk: the same question is answered at once.
+
+The key is everything the answer follows from: settings that change the program, the model's
+config.json, the topology, XLA's flags, the versions of jax and libtpu, and our own source.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+import jaxtune
+from jaxtune import aot, assemble, estimate, flags, setup, sharding
+from jaxtune.assemble import Assembly
+from jaxtune.config import Config
+from jaxtune.hf import files
+from jaxtune.kernels.vocabulary import chunk_tokens
+from jaxtune.plan import hlo
+from jaxtune.plan.topologies import Topology, devices
+from jaxtune.setup import within_positions
+
+
+class Facts(NamedTuple):
+    """Bytes and operations of one device and one step, as compiled."""
+
+    fits: bool
+    needed: int  # bytes
+    available: int
+    buffers: tuple[tuple[int, str], ...]  # (bytes, name) of the largest, of a step that does not fit
+    arguments: int
+    temporaries: int  # and outputs that take no argument's place
+    parts: dict[str, int]  # bytes by what they hold: base, adapters, optimizer, batch
+    flops: float  # products in the program, with those of kernels that hide them
+    flops_a_token: dict[str, float]  # by the count of the config: see estimate.Flops
+    hbm: float
+    ici: dict[str, float]  # bytes sent, by collective
+    dcn: dict[str, float]
+    unknown: tuple[str, ...]  # loops whose count nobody knows
+    tokens: int  # of a step, over all devices
+    seconds: float  # to lower and compile
+
+
+def facts(config: Config, folder: Path, topology: Topology) -> Facts:
+    """Compiles the step for a topology, or recalls that it was compiled.
+
+    Args:
+      config: with a model.remat other than auto.
+    """
+    kept = cache_folder() / f"{_key(config, folder, topology)}.json"
+    try:
+        values = json.loads(kept.read_text())
+        found = Facts(**values)
+        if set(values) == set(Facts._fields) and isinstance(found.needed, int):
+            return found
+    except (OSError, ValueError, TypeError):
+        pass  # not there, or damaged: it is made anew
+    found = _compile(config, folder, topology)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(found._asdict()))
+        partial.replace(kept)
+    except OSError:
+        pass  # a full or read-only disk costs the next one its time, and this one nothing
+    return found
+
+
+def cache_folder() -> Path:
+    """Where plans are kept, beside jax's own cache."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "jaxtune" / "plan"
+
+
+def mesh_of(config: Config, topology: Topology) -> jax.sharding.Mesh:
+    """The mesh that a run has on these slices."""
+    return sharding.make_mesh(config.mesh, devices(topology))
+
+
+def _compile(config: Config, folder: Path, topology: Topology) -> Facts:
+    mesh = mesh_of(config, topology)
+    assembly = assemble.assemble(config, folder, mesh, weights=False)
+    config = within_positions(config, assembly.model)
+    program = setup.program(config, assembly, steps=1)
+    parts = estimate.memory(config, assembly, program, mesh)
+    counted = estimate.flops(config, assembly)
+    first = mesh.devices.flat[0]
+    values: dict[str, Any] = {
+        "parts": {k: v for k, v in parts._asdict().items() if k not in ("saved", "working")},
+        "flops_a_token": counted._asdict(),
+        "tokens": config.train.batch_size * config.data.max_length,
+    }
+    try:
+        options = flags.compiler_options(first.device_kind)
+        compiled = aot.compile_step(config, assembly, program, mesh, options=options)
+    except aot.OutOfMemory as error:
+        return Facts(
+            fits=False,
+            needed=error.needed,
+            available=error.available,
+            buffers=tuple((b.bytes, b.name) for b in error.buffers[:3]),
+            arguments=parts.arguments,
+            temporaries=error.needed - parts.arguments,
+            flops=0.0,
+            hbm=0.0,
+            ici={},
+            dcn={},
+            unknown=(),
+            seconds=0.0,
+            **values,
+        )
+    trips = {"vocabulary": _head_trips(config, assembly, mesh)}
+    found = hlo.count(
+        compiled.hlo,
+        trips=trips | {"attention": 1},
+        apart=("attention",),
+        slices=mesh.shape["slices"],
+        devices=mesh.size,
+    )
+    hidden = (counted.attention + counted.attention_again) * values["tokens"] / mesh.size
+    return Facts(
+        fits=True,
+        needed=compiled.total,
+        available=aot.memory_of(first),
+        buffers=(),
+        arguments=compiled.arguments,
+        temporaries=compiled.total - compiled.arguments,
+        flops=found.flops + hidden,
+        hbm=found.hbm,
+        ici=dict(found.ici),
+        dcn=dict(found.dcn),
+        unknown=tuple(found.unknown),
+        seconds=compiled.seconds_lower + compiled.seconds_compile,
+        **values,
+    )
+
+
+def _head_trips(config: Config, assembly: Assembly, mesh: jax.sharding.Mesh) -> int:
+    """How often the walk over the vocabulary goes round when every token bears loss."""
+    vocab, shards = assembly.model.vocab_size, mesh.shape["fsdp"]
+    cut = vocab % shards == 0
+    tokens = estimate.tokens_a_device(config, mesh) * (shards if cut else 1)
+    with jax.set_mesh(mesh):
+        own = chunk_tokens(vocab // shards if cut else vocab)
+    return math.ceil(tokens / min(own, tokens))
+
+
+def _key(config: Config, folder: Path, topology: Topology) -> str:
+    values = config.to_dict()
+    data = {key: values["data"][key] for key in ("max_length", "labels")}
+    train = {key: values["train"][key] for key in ("batch_size", "grad_accum")}
+    optim = {key: values["optim"][key] for key in ("name", "rules", "schedule", "clip_norm")}
+    known = {
+        "task": config.task,
+        "model": {key: value for key, value in values["model"].items() if key != "path"},
+        "lora": {key: value for key, value in values["lora"].items() if key != "init"},
+        "data": data,
+        "train": train,
+        "optim": optim,
+        "mesh": values["mesh"],
+        "base": files.read_json(folder / "config.json"),
+        "topology": [topology.raw, topology.slices],
+        "versions": [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")],
+        "source": _source(),
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _source() -> str:
+    """A digest of this package's own source, flags of the chips among it."""
+    digest = hashlib.sha256(jaxtune.__version__.encode())
+    root = Path(__file__).parents[1]
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def replaced(config: Config, changes: dict[str, Any]) -> Config:
+    """The config with dotted settings changed, {"train.grad_accum": 2}."""
+    for key, value in changes.items():
+        group, name = key.split(".")
+        part = dataclasses.replace(getattr(config, group), **{name: value})
+        config = dataclasses.replace(config, **{group: part})
+    return config
