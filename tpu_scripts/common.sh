@@ -100,6 +100,14 @@ nodes() {
 
 first_node() { nodes | head -n 1; }
 
+# For `trap`: says what goes on without this terminal, and what it costs. INTERRUPTED is the verb's.
+interrupted() {
+  trap '' INT TERM HUP
+  say "interrupted: $INTERRUPTED"
+  costs
+  exit 130
+}
+
 costs() { say "$NAME costs money until: tpu_scripts/delete.sh $SAME"; }
 
 gc() {
@@ -110,11 +118,21 @@ gc() {
   fi
 }
 
+# gcloud also warns of a "quota project", which is nothing of the kind.
+no_quota() {
+  ! grep -Eiq 'per minute|RATE_LIMIT_EXCEEDED' "$1" &&
+    grep -Eiq 'quota[^.]*exceeded|exceed[^.]*quota|insufficient[^.]*quota|QUOTA_EXCEEDED' "$1"
+}
+
+no_capacity() { grep -Eiq 'no more capacity|insufficient[^.]*capacity' "$1"; }
+
 # Whether the failure in file $1 (exit code $2) may pass by itself. A request rate does, a quota,
 # a permission or a lack of chips does not.
 transient() {
   grep -Eiq 'per minute|RATE_LIMIT_EXCEEDED' "$1" && return 0
-  grep -Eiq 'quota|PERMISSION_DENIED|does not have .*permission|NOT_FOUND|ALREADY_EXISTS|already exists|INVALID_ARGUMENT|FAILED_PRECONDITION|no more capacity|insufficient .*capacity|UNAUTHENTICATED|invalid_grant' "$1" && return 1
+  if no_quota "$1" || no_capacity "$1"; then return 1; fi
+  grep -Eiq 'PERMISSION_DENIED|does not have .*permission|NOT_FOUND|ALREADY_EXISTS|already exists' "$1" && return 1
+  grep -Eiq 'INVALID_ARGUMENT|FAILED_PRECONDITION|UNAUTHENTICATED|invalid_grant' "$1" && return 1
   [ "$2" = 255 ] && return 0
   grep -Eiq '(^|[^0-9a-z])(429|500|502|503|504)([^0-9a-z]|$)|too many requests|unavailable|backendError|internal error|connection (refused|reset|closed|timed out)|timed out|could not (ssh|resolve)|connect to host|broken pipe|network is unreachable|\[255\]|exit status 255|kex_exchange' "$1"
 }
@@ -149,7 +167,7 @@ look() {
   local code=0
   attempt "$@" 2>"$TMP/looked" || code=$?
   [ "$code" != 0 ] || return 0
-  if grep -Eiq 'NOT_FOUND|not found|was not found' "$TMP/looked"; then return 44; fi
+  if grep -Eiq 'NOT_FOUND|was not found' "$TMP/looked"; then return 44; fi
   cat "$TMP/looked" >&2
   return "$UNREACHABLE"
 }
@@ -162,7 +180,7 @@ describe() {
   STATE=ABSENT WORKERS=0
   [ "$code" != 44 ] || return 0
   [ "$code" = 0 ] || die "$UNREACHABLE" "gcloud cannot say whether $1 exists" \
-    "gcloud auth list, then the same command again; $1 may cost money"
+    "gcloud auth list, the zone and the project, then the same command again; $1 may cost money"
   if [ "$DRY" = 1 ]; then
     STATE=READY WORKERS=1
     return

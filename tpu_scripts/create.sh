@@ -84,9 +84,9 @@ explain() {
     if [ -e "$TMP/retried" ]; then return 0; fi
     costs
     die 1 "$NAME exists already in $ZONE" "another name, or tpu_scripts/setup.sh $SAME"
-  elif grep -Eiq 'no more capacity|insufficient .*capacity' "$LAST"; then
+  elif no_capacity "$LAST"; then
     die 1 "no $TYPE is free in $ZONE now" "--queued to wait in line, --spot, or another zone"
-  elif grep -Eiq 'quota' "$LAST" && ! transient "$LAST" 1; then
+  elif no_quota "$LAST"; then
     die 1 "the project has no quota for $TYPE$([ "$SPOT" = 0 ] || echo ' on spot') in $ZONE" \
       "a zone where it has, or ask for more: console.cloud.google.com/iam-admin/quotas"
   elif grep -Eiq 'PERMISSION_DENIED|does not have .*permission|has not been used|is disabled' "$LAST"; then
@@ -99,14 +99,9 @@ explain() {
     "gcloud compute tpus tpu-vm describe $NAME $(quote "${WHERE[@]}"), and tpu_scripts/delete.sh $SAME"
 }
 
-interrupted() {
-  say "interrupted: $NAME may be in the making, and would cost money"
-  costs
-  exit 130
-}
-
 read_options "$@"
-trap interrupted INT TERM
+INTERRUPTED="$NAME may be in the making, and would cost money"
+trap interrupted INT TERM HUP
 [ "$DRY" = 1 ] || say "making $NAME ($TYPE, $RUNTIME) in $ZONE; this can take minutes"
 make || explain $?
 [ "$DRY" = 0 ] || exit 0

@@ -49,6 +49,9 @@ ask() {
   fi
 }
 
+# shellcheck disable=SC2034 # for the trap
+INTERRUPTED="$NAME may still be there"
+trap interrupted INT TERM HUP
 find_all
 if [ -z "$FOUND" ]; then
   die 1 "there is no $NAME in $ZONE; one in another zone goes on costing money" \

@@ -140,13 +140,6 @@ meaning() {
   esac
 }
 
-# shellcheck disable=SC2329 # called by the trap
-detached() {
-  say "detached: the run goes on. Attach with the same command; end it with tpu_scripts/run.sh $SAME --stop"
-  costs
-  exit 130
-}
-
 need_ready
 if [ "$DRY" = 1 ]; then
   ID=ID
@@ -171,7 +164,8 @@ fi
 
 status
 choose
-trap detached INT TERM HUP
+INTERRUPTED="the run goes on. Attach with the same command; end it with tpu_scripts/run.sh $SAME --stop"
+trap interrupted INT TERM HUP
 if [ "$NEW" = 1 ]; then start; else say "attaching to the run of $ID"; fi
 follow
 settle

@@ -84,6 +84,9 @@ unfinished() {
   die 1 "$1" "tpu_scripts/setup.sh $SAME again: it goes on where it stopped"
 }
 
+# shellcheck disable=SC2034 # for the trap
+INTERRUPTED="some hosts may be set up and others not; the same command goes on"
+trap interrupted INT TERM HUP
 pack
 need_ready
 [ "$DRY" = 1 ] || say "installing on every host of $NAME (two to four minutes)"

@@ -154,14 +154,6 @@ finish() {
   exit "$1"
 }
 
-# shellcheck disable=SC2329 # called by the trap
-interrupted() {
-  say "no longer watching: a run that is going on goes on, but a preempted slice is not made anew"
-  say "watch again with the same command"
-  costs
-  exit 130
-}
-
 if [ "$DRY" = 1 ]; then
   describe_queue
   verb create.sh "${CREATE[@]}"
@@ -172,6 +164,7 @@ if [ "$DRY" = 1 ]; then
   exit 0
 fi
 
+INTERRUPTED="a run that is going on goes on, but nobody makes a preempted slice anew; watch again with the same command"
 trap interrupted INT TERM HUP
 restarts=0 failures=0
 while :; do

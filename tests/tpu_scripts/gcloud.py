@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,9 @@ with open(cloud / "lock", "w") as lock:
     if not fault and words[0] == "compute" and words[3] not in ("ssh", "scp"):
         out = answer(state)
     (cloud / "state.json").write_text(json.dumps(state))
+if fault.get("hang"):
+    (cloud / "hanging").touch()
+    signal.pause()
 if "code" in fault:
     fail(fault["error"], fault["code"])
 if words[:1] == ["compute"] and words[3] in ("ssh", "scp"):
