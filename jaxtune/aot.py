@@ -109,7 +109,7 @@ def compile_step(
         seconds_lower=middle - started,
         seconds_compile=time.monotonic() - middle,
     )
-    available = memory_of(mesh.devices.flat[0])
+    available = memory_of(own_device(mesh))
     if available and compiled.total > available:  # XLA compiles for a GPU what does not fit it
         raise OutOfMemory(compiled.total, available, largest(config, assembly, program, mesh))
     return compiled
@@ -123,7 +123,7 @@ def largest(config: Config, assembly: Assembly, program: Program, mesh: Mesh) ->
         for path, leaf in {**frozen, **state.trainable}.items()
     ]
     kept = estimate.saved_by_name(config, assembly, mesh)
-    found += [Buffer(size, f"{name} kept of all layers") for name, size in kept.items()]
+    found += [Buffer(size, f"{name} of all layers") for name, size in kept.items()]
     return tuple(sorted(found, reverse=True)[:8])
 
 
@@ -148,6 +148,12 @@ def read_out_of_memory(message: str) -> tuple[int, int, tuple[Buffer, ...]]:
 
 def _size(number: str, unit: str) -> int:
     return int(float(number) * _UNITS[unit.upper()])
+
+
+def own_device(mesh: Mesh) -> Any:
+    """One of the mesh's devices that this process may ask."""
+    own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    return (own or list(mesh.devices.flat))[0]
 
 
 def memory_of(device: Any) -> int:
@@ -203,7 +209,7 @@ def resolve_remat(config: Config, folder: Path, mesh: Mesh) -> Config:
 
 def remat_candidates(config: Config, folder: Path, mesh: Mesh) -> Iterator[Config]:
     """What model.remat=auto may be, from the fastest on, without those that cannot fit."""
-    available = memory_of(mesh.devices.flat[0])
+    available = memory_of(own_device(mesh))
     for policy in REMAT:
         candidate = with_remat(config, policy)
         assembly = assemble.assemble(candidate, folder, mesh, weights=False)

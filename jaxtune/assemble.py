@@ -1,5 +1,6 @@
 """From a config to a model in its place: its leaves, who trains them, where they live."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,16 @@ class Assembly:
     @property
     def trained(self) -> dict[str, jax.ShapeDtypeStruct]:
         return tree.partition(self.shapes, self.groups)[0]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """{path: numbers in every parameter, however it is kept}."""
+        scales = {f"{path}_scale" for path in self.quantized}
+        return {
+            path: math.prod(self.quantized.get(path, shape).shape)
+            for path, shape in self.shapes.items()
+            if path not in scales
+        }
 
 
 def assemble(config: Config, folder: Path, mesh: Mesh, *, weights: bool = True) -> Assembly:

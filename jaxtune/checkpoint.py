@@ -8,6 +8,9 @@
       200.saving/          a save under way, or what a killed one left (removed at the next start)
       100.deleting/        likewise for a deletion
 
+In a bucket nothing can be renamed at once. There the manifest, written last, is what completes a
+step, and is the first to go when the step is deleted: a folder without one is no step.
+
 Orbax restores a flipped bit and casts a changed dtype without a word, so `restore` compares keys,
 shapes, dtypes and digests itself and walks back to the newest step that verifies. Old steps go only
 after the new one is on the disk, which is why retention is here and not an Orbax policy: those
@@ -15,7 +18,6 @@ delete before a manifest could be written. Saves are synchronous: the state is o
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -33,17 +35,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from jaxtune import pods
-from jaxtune.digest import digest
+from jaxtune import bucket, pods
+from jaxtune import manifest as manifests
 from jaxtune.errors import StorageError
+from jaxtune.manifest import Broken
 
-MANIFEST = "jaxtune.json"
-FORMAT = 1
+MANIFEST = manifests.NAME
 
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _UNFINISHED = re.compile(r"[0-9]+\.(saving|deleting)(\.orbax-checkpoint-tmp.*)?")
-# TensorStore reports absl statuses as ValueError, Orbax its own failures as RuntimeError.
-_WRITE_FAILURES = (OSError, ValueError, RuntimeError)
 
 
 class Restored(NamedTuple):
@@ -72,6 +72,7 @@ class Checkpoints:
           StorageError: the folder cannot be written.
         """
         self.directory = _folder(directory)
+        self._in_bucket = bucket.is_bucket(directory)
         self.keep = keep
         self.best = best
         if jax.process_index() == 0:
@@ -94,18 +95,21 @@ class Checkpoints:
         """
         arrays = _flatten(state)
         manifest = {
-            "format": FORMAT,
+            "format": manifests.FORMAT,
             "step": step,
             "loss": None if loss is None else float(loss),
-            "arrays": _describe(arrays),
+            "arrays": manifests.describe(arrays),
             "meta": meta,
         }
         try:
-            self._commit(step, arrays, _seal(manifest))
+            if self._in_bucket:
+                self._commit_in_bucket(step, arrays, manifests.seal(manifest))
+            else:
+                self._commit(step, arrays, manifests.seal(manifest))
             if jax.process_index() == 0:
                 for old in self._unwanted(step):
-                    self._set_aside(old).rmtree()
-        except _WRITE_FAILURES as error:
+                    self._remove(old)
+        except _write_failures(self.directory) as error:
             self._clean_up(step)
             raise self._failed(step, arrays, error) from error
         multihost_utils.sync_global_devices("checkpoints:saved")
@@ -127,12 +131,31 @@ class Checkpoints:
             if step not in steps(self.directory) or (final / MANIFEST).read_text() != manifest:
                 raise OSError(f"{final} is not there, or differs, after it was written")
 
+    def _commit_in_bucket(self, step: int, arrays: dict[str, jax.Array], manifest: str) -> None:
+        final = self.directory / str(step)
+        if jax.process_index() == 0:
+            (final / MANIFEST).unlink(missing_ok=True)
+        multihost_utils.sync_global_devices("checkpoints:replace")
+        with _orbax():
+            ocp.save(final, arrays, overwrite=True)
+        if jax.process_index() == 0:
+            (final / MANIFEST).write_text(manifest)
+            if step not in steps(self.directory) or (final / MANIFEST).read_text() != manifest:
+                raise OSError(f"{final} is not there, or differs, after it was written")
+
     def _unwanted(self, step: int) -> list[int]:
         """Steps to delete; a step without an intact manifest may not be ours and is left alone."""
         losses = _losses(self.directory)
         sane = {known: loss for known, loss in losses.items() if known <= step}
         kept = {*sorted(sane)[-self.keep :], _lowest(sane) if self.best else None}
         return sorted(losses.keys() - kept)
+
+    def _remove(self, step: int) -> None:
+        if self._in_bucket:
+            (self.directory / str(step) / MANIFEST).unlink()
+            (self.directory / str(step)).rmtree()
+        else:
+            self._set_aside(step).rmtree()
 
     def _set_aside(self, step: int) -> epath.Path:
         # Renamed first, so that a kill midway never leaves half a step under a step's name.
@@ -142,7 +165,11 @@ class Checkpoints:
 
     def _clean_up(self, step: int) -> None:
         """Gives the space of a failed save back; what resists goes at the next start."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*_write_failures(self.directory)):
+            if self._in_bucket:
+                if not (self.directory / str(step) / MANIFEST).exists():
+                    (self.directory / str(step)).rmtree()
+                return
             for path in self.directory.iterdir():
                 if path.name.startswith(f"{step}.") and _UNFINISHED.fullmatch(path.name):
                     path.rmtree()
@@ -153,13 +180,20 @@ class Checkpoints:
         with contextlib.suppress(OSError):  # a bucket does not say what is free
             size += f", {shutil.disk_usage(self.directory).free / 1e6:.1f} MB free there"
             fix += f"; {_spell_steps(steps(self.directory))}"
-        what = f"step {step} ({size}) could not be saved in {self.directory}: {_brief(error)}"
+        what = (
+            f"step {step} ({size}) could not be saved in {self.directory}: {manifests.brief(error)}"
+        )
         return StorageError(what, fix=fix)
 
 
 def steps(directory: str | os.PathLike[str]) -> list[int]:
     """The steps saved in a folder, ascending, from a fresh listing; verified only by `restore`."""
     root = _folder(directory)
+    if bucket.is_bucket(directory):
+        with bucket.reaching(str(root)):
+            names = [path.name for path in root.iterdir()] if root.exists() else []
+            named = [name for name in names if _STEP.fullmatch(name)]
+            return sorted(int(name) for name in named if (root / name / MANIFEST).exists())
     if not root.is_dir():
         return []
     return sorted(int(path.name) for path in root.iterdir() if _STEP.fullmatch(path.name))
@@ -174,8 +208,8 @@ def latest_meta(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
     """`meta` of the newest intact manifest, to compare fingerprints before arrays are restored."""
     root = _folder(directory)
     for step in reversed(steps(root)):
-        with contextlib.suppress(_Broken):
-            return _read_manifest(root / str(step), step)["meta"]
+        with contextlib.suppress(Broken):
+            return manifests.read(root / str(step), step)["meta"]
     return None
 
 
@@ -194,16 +228,16 @@ def restore(
     """
     root = _folder(directory)
     # Disks that several hosts share may list a new step on one of them before another.
-    there: list[int] = json.loads(pods.from_first(json.dumps(steps(root))))
+    there: list[int] = json.loads(pods.exchange(json.dumps(steps(root)))[0])
     if step is not None and step not in there:
         raise StorageError(f"no checkpoint of step {step} in {root}", fix=_spell_steps(there))
     skipped: list[str] = []
     for candidate in [step] if step is not None else there[::-1]:
         # Each attempt ends the same on all hosts: the arrays are read by all of them or by none.
         try:
-            manifest = _together(lambda at=candidate: _read_manifest(root / str(at), at))
+            manifest = _together(lambda at=candidate: manifests.read(root / str(at), at))
             state = _together(lambda saved=manifest: _load(root, saved, abstract_state))
-        except _Broken as error:
+        except Broken as error:
             skipped.append(f"step {candidate}: {error}")
             continue
         return Restored(candidate, state, manifest["meta"], skipped)
@@ -215,19 +249,15 @@ def restore(
     )
 
 
-class _Broken(Exception):
-    """Why a step does not verify, as a phrase."""
-
-
 def _together(action: Callable[[], Any]) -> Any:
     """What the action gives, if no host finds the step broken; then all of them do."""
     result, broken = None, None
     try:
         result = action()
-    except _Broken as error:
+    except Broken as error:
         broken = error
     if not pods.all_agree(broken is None):
-        raise broken or _Broken("another host cannot read it")
+        raise broken or Broken("another host cannot read it")
     return result
 
 
@@ -235,22 +265,22 @@ def _load(root: epath.Path, manifest: dict[str, Any], abstract_state: Any) -> An
     target = _flatten(abstract_state)
     saved = manifest["arrays"]
     if saved.keys() != target.keys():
-        raise _Broken(
+        raise Broken(
             f"it holds {_spell_names(saved.keys() - target.keys())} that this run does not have, "
             f"and lacks {_spell_names(target.keys() - saved.keys())}"
         )
     for name, leaf in target.items():
         was = (saved[name]["dtype"], tuple(saved[name]["shape"]))
         if was != (leaf.dtype.name, leaf.shape):
-            raise _Broken(f"{name} is {was[0]}{list(was[1])}, not {leaf.dtype}{list(leaf.shape)}")
+            raise Broken(f"{name} is {was[0]}{list(was[1])}, not {leaf.dtype}{list(leaf.shape)}")
     try:
         with _orbax():
             arrays = ocp.load(root / str(manifest["step"]), target)
     except Exception as error:  # damaged files make the libraries below raise nearly anything
-        raise _Broken(f"cannot be read: {_brief(error)}") from error
-    read = _describe(arrays)
+        raise Broken(f"cannot be read: {manifests.brief(error)}") from error
+    read = manifests.describe(arrays)
     if damaged := [name for name in saved if saved[name] != read[name]]:
-        raise _Broken(f"other bytes were read than written: {_spell_names(damaged)}")
+        raise Broken(f"other bytes were read than written: {_spell_names(damaged)}")
     return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in target])
 
 
@@ -263,49 +293,12 @@ def _flatten(state: Any) -> dict[str, Any]:
     return flat
 
 
-def _describe(arrays: dict[str, jax.Array]) -> dict[str, dict[str, Any]]:
-    # One at a time: programs in flight together on virtual CPU devices can deadlock.
-    sums = {name: jax.device_get(digest(array)) for name, array in arrays.items()}
-    return {
-        name: {
-            "dtype": array.dtype.name,
-            "shape": list(array.shape),
-            "digest": "".join(f"{int(part):08x}" for part in sums[name]),
-        }
-        for name, array in arrays.items()
-    }
-
-
-def _seal(manifest: dict[str, Any]) -> str:
-    # Through JSON first: a key that is a number would sort otherwise after it was read back.
-    manifest = json.loads(json.dumps(manifest))
-    body = json.dumps(manifest, sort_keys=True)
-    return json.dumps({**manifest, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
-
-
-def _read_manifest(folder: epath.Path, step: int) -> dict[str, Any]:
-    """The manifest of a step, proven to be as written. Raises _Broken."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        seal = manifest.pop("sha256")
-        body = json.dumps(manifest, sort_keys=True)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise _Broken(f"{MANIFEST} cannot be read: {_brief(error)}") from error
-    if manifest.get("format") != FORMAT:
-        raise _Broken(f"{MANIFEST} is of format {manifest.get('format')}, this is {FORMAT}")
-    if hashlib.sha256(body.encode()).hexdigest() != seal:
-        raise _Broken(f"{MANIFEST} was changed after it was written")
-    if manifest["step"] != step:
-        raise _Broken(f"{MANIFEST} is that of step {manifest['step']}")
-    return manifest
-
-
 def _losses(root: epath.Path) -> dict[int, float | None]:
     """{step: loss} of the steps whose manifest is intact."""
     losses = {}
     for step in steps(root):
-        with contextlib.suppress(_Broken):
-            losses[step] = _read_manifest(root / str(step), step)["loss"]
+        with contextlib.suppress(Broken):
+            losses[step] = manifests.read(root / str(step), step)["loss"]
     return losses
 
 
@@ -321,20 +314,34 @@ def _prepare(directory: epath.Path) -> None:
         probe.write_text("")
         probe.unlink()
         _mend(directory)
-    except OSError as error:
+    except _write_failures(directory) as error:
         raise StorageError(
-            f"checkpoints cannot be written to {directory}: {_brief(error)}",
+            f"checkpoints cannot be written to {directory}: {manifests.brief(error)}",
             fix="a --workdir that can be written",
         ) from error
 
 
+def _write_failures(directory: epath.Path) -> tuple[type[Exception], ...]:
+    """What a full or failing disk makes the libraries raise; buckets raise nearly anything."""
+    if bucket.is_bucket(directory):
+        return (Exception,)
+    # TensorStore reports absl statuses as ValueError, Orbax its own failures as RuntimeError.
+    return (OSError, ValueError, RuntimeError)
+
+
 def _mend(directory: epath.Path) -> None:
     """Removes what killed saves and deletions left; a save that only lacks its name gets it."""
-    for path in [path for path in directory.iterdir() if _UNFINISHED.fullmatch(path.name)]:
+    found = list(directory.iterdir()) if directory.exists() else []  # empty folders of a bucket
+    if bucket.is_bucket(directory):
+        for path in found:
+            if _STEP.fullmatch(path.name) and not (path / MANIFEST).exists():
+                path.rmtree()
+        return
+    for path in [path for path in found if _UNFINISHED.fullmatch(path.name)]:
         step, _, rest = path.name.partition(".")
         if rest == "saving" and not (directory / step).exists():
-            with contextlib.suppress(_Broken):
-                _read_manifest(path, int(step))
+            with contextlib.suppress(Broken):
+                manifests.read(path, int(step))
                 path.rename(directory / step)
                 continue
         path.rmtree()
@@ -342,8 +349,8 @@ def _mend(directory: epath.Path) -> None:
 
 def _folder(directory: str | os.PathLike[str]) -> epath.Path:
     # TensorStore's file driver takes absolute paths only; buckets are absolute already.
-    path = epath.Path(directory)
-    return path if "://" in os.fspath(path) else path.absolute()
+    path = bucket.folder(directory)
+    return epath.Path(path) if bucket.is_bucket(path) else epath.Path(path).absolute()
 
 
 def _flush_to_disk(folder: epath.Path, *, inside: bool = True) -> None:
@@ -388,8 +395,3 @@ def _spell_names(names: Any) -> str:
 
 def _spell_steps(there: list[int]) -> str:
     return f"saved steps: {', '.join(map(str, there)) or 'none'}"
-
-
-def _brief(error: BaseException) -> str:
-    text = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {text}"[:300]

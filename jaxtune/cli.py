@@ -126,6 +126,9 @@ def _config(args: argparse.Namespace, overrides: dict[str, str]):
 
 def _train(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
     config = _config(args, overrides)
+    from jaxtune import heap
+
+    heap.keep_freed()  # before jax starts its threads
     from jaxtune.console import say
     from jaxtune.train import fit
 
@@ -212,6 +215,40 @@ def _data(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]
     from jaxtune.tuned import show_data
 
     return show_data(config)
+
+
+def _plan(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
+    config = _config(args, overrides)
+    # No device of this machine is opened, and what is compiled here for others is kept by plan.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+    from jaxtune.plan import command
+
+    topology = args.topology or command.stated_topology(args.config)
+    run = command.plan_search if args.search else command.plan
+    try:
+        result = run(config, topology, price=args.price)
+    except command.DoesNotFit as error:
+        if args.json:
+            print(json.dumps(error.result))
+        raise
+    if not args.json:
+        command.show_best(result) if args.search else command.show(result)
+    return result
+
+
+def _doctor(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
+    from jaxtune import doctor
+
+    lines = doctor.examine()
+    doctor.show(lines)
+    try:
+        doctor.require_sound(lines)
+    except ConfigError:
+        if args.json:
+            print(json.dumps(doctor.as_json(lines)))
+        raise
+    return doctor.as_json(lines)
 
 
 def _workdir(args: argparse.Namespace) -> str:
@@ -312,4 +349,19 @@ _VERBS: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, dict[str, 
         },
     ),
     "data": (_data, "what the model will see: masks, lengths, packing, rejects", _CONFIG),
+    "doctor": (_doctor, "what this machine and installation can do, and what is amiss", {}),
+    "plan": (
+        _plan,
+        "memory, work and a floor of time on a TPU slice, before you rent it",
+        _CONFIG
+        | {
+            "--topology": {
+                "metavar": "NAME",
+                "help": "v5litepod-8, v6e-16, v5p-64, 2xv5litepod-16 (two slices) or v5e:2x4 "
+                "(default: TOPOLOGY in the config file)",
+            },
+            "--search": {"action": "store_true", "help": "the best remat, mesh and base for it"},
+            "--price": {"type": float, "metavar": "P", "help": "of a chip for an hour"},
+        },
+    ),
 }

@@ -189,15 +189,14 @@ def _lowest_trained(assembly: Assembly) -> int:
 def memory(config: Config, assembly: Assembly, program: Program, mesh: Mesh) -> Bytes:
     """Bytes of one device while it steps."""
     state, frozen, batch = setup.abstract_inputs(config, assembly, program, mesh)
-    trained = local_bytes(state.trainable)
-    saved, working = _activations(config, assembly, mesh)
+    saved, working = activations(config, assembly, mesh)
     return Bytes(
         base=local_bytes(frozen),
-        adapters=trained,
-        optimizer=local_bytes(state.opt_state),
+        adapters=local_bytes(state.trainable),
+        optimizer=local_bytes((state.step, state.opt_state)),
         batch=local_bytes(batch),
         saved=saved,
-        working=working + trained,  # gradients have the size of what is trained
+        working=working,
     )
 
 
@@ -253,8 +252,8 @@ def saved_by_name(config: Config, assembly: Assembly, mesh: Mesh) -> dict[str, i
     return {name: entry * wide * layers * tokens for name, wide in widths.items()}
 
 
-def _activations(config: Config, assembly: Assembly, mesh: Mesh) -> tuple[int, int]:
-    """(kept for the backward pass, working set of one layer and of the head), bytes a device."""
+def activations(config: Config, assembly: Assembly, mesh: Mesh) -> tuple[int, int]:
+    """(kept for the backward pass at least, working set at a guess), bytes a device."""
     model = assembly.model
     entry, tokens = jnp.dtype(config.model.dtype).itemsize, tokens_a_device(config, mesh)
     saved = sum(saved_by_name(config, assembly, mesh).values())
@@ -268,4 +267,5 @@ def _activations(config: Config, assembly: Assembly, mesh: Mesh) -> tuple[int, i
         gathered = sum(m.inputs * m.outputs for m in sizes) * stored // mesh.shape["tensor"]
     rows = tokens * fsdp  # those of all that share the table
     head = 2 * rows * model.hidden_size * entry + 3 * 256 * model.vocab_size // fsdp * 4
-    return saved, max(own + gathered, head)
+    gradients = local_bytes(assembly.trained)
+    return saved, max(own + gathered, head) + gradients

@@ -8,6 +8,7 @@
 A variable that is set already stays, and so does a flag that is named in LIBTPU_INIT_ARGS.
 """
 
+import importlib.util
 import os
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
@@ -34,30 +35,22 @@ _KINDS = {  # jax's device_kind
     "TPU v6e": "v6e",
     "TPU7x": "tpu7x",
 }
-_NVIDIA = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
+_GPUS = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
-# Weights that are cut over chips are gathered while the layer before is computed. MaxText's
-# published recipes for dense models have these on v5e, v5p and v6e alike.
-_OVERLAP = {
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-    "xla_tpu_overlap_compute_collective_tc": "true",
-    "xla_enable_async_all_gather": "true",
-}
 # Gradients travel between slices while the layers below are still computed.
 _SLICES = {
     "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
 }
-# Fast memory of a core that one fused operation may take, of 128 MiB on v5e and v6e.
-_VMEM = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
+# Not here, of MaxText's recipes: the flags of asynchronous collective fusion, which libtpu 0.0.42
+# has on by default (the same program on v5e:2x4, 2% more memory on v6e:2x4), and
+# xla_tpu_scoped_vmem_limit_kib=98304 (temporaries of a 1B LoRA step on v5e:2x4 0.62 -> 0.79 GiB).
 _TPU: dict[str, dict[str, str]] = {
-    "v4": _OVERLAP,
-    "v5e": _OVERLAP | _SLICES | _VMEM,
-    "v5p": _OVERLAP | _SLICES,
-    "v6e": _OVERLAP | _SLICES | _VMEM,
-    "tpu7x": _SLICES,  # its gathers are overlapped by the sparse core, which is the default there
+    "v4": _SLICES,
+    "v5e": _SLICES,
+    "v5p": _SLICES,
+    "v6e": _SLICES,
+    "tpu7x": _SLICES,
 }
 
 
@@ -82,8 +75,8 @@ def tpu_chips(devices: Path = Path("/sys/bus/pci/devices")) -> Chips:
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA GPU is to be seen; starts nothing."""
-    return any(Path(path).exists() for path in _NVIDIA)
+    """Whether a GPU is to be seen; starts nothing."""
+    return any(Path(path).exists() for path in _GPUS)
 
 
 def compiler_options(device_kind: str) -> dict[str, str]:
@@ -98,10 +91,12 @@ def libtpu_arguments(generation: str, given: str = "") -> str:
     return " ".join([*given.split(), *ours])
 
 
-def defaults(environment: Mapping[str, str], chips: Chips, *, gpu: bool) -> dict[str, str]:
+def defaults(
+    environment: Mapping[str, str], chips: Chips, *, gpu: bool, libtpu: bool = False
+) -> dict[str, str]:
     """{variable: value} that suit a command line on this machine; none that is set already.
 
-    LIBTPU_INIT_ARGS alone is extended.
+    LIBTPU_INIT_ARGS alone is extended. `libtpu` says that it is installed.
     """
     caches = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     wanted = {
@@ -112,6 +107,9 @@ def defaults(environment: Mapping[str, str], chips: Chips, *, gpu: bool) -> dict
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+    if libtpu and not (chips.count or gpu):
+        # It is here to compile for TPUs elsewhere; jax would look for chips and complain.
+        wanted["JAX_PLATFORMS"] = "cpu"
     if gpu:
         # A run has the GPU to itself: jax would leave a quarter of its memory alone.
         wanted["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.9"
@@ -124,6 +122,7 @@ def defaults(environment: Mapping[str, str], chips: Chips, *, gpu: bool) -> dict
 
 def apply(environment: MutableMapping[str, str] = os.environ) -> dict[str, str]:
     """Sets `defaults` for this machine, before jax is imported; returns what it set."""
-    found = defaults(environment, tpu_chips(), gpu=has_gpu())
+    libtpu = importlib.util.find_spec("libtpu") is not None
+    found = defaults(environment, tpu_chips(), gpu=has_gpu(), libtpu=libtpu)
     environment.update(found)
     return found

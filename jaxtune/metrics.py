@@ -24,6 +24,7 @@ from typing import Any
 from jaxtune.errors import ConfigError, StorageError
 
 FILE = "metrics.jsonl"
+FILES = (FILE, "wandb_id")  # what a resumed run goes on with
 
 
 class NoWriter:

@@ -143,7 +143,7 @@ def abstract(state: TrainState) -> TrainState:
 def abstract_inputs(
     config: Config, assembly: Assembly, program: Program, mesh: Mesh
 ) -> tuple[Any, dict[str, jax.ShapeDtypeStruct], Any]:
-    """(state, frozen, batch): what `train_step` takes in this run, as shapes in their places: nothing is read or made."""
+    """(state, frozen, batch): what `train_step` takes in this run, as shapes in their places."""
     trainable, frozen = tree.partition(assembly.shapes, assembly.groups)
     whole = NamedSharding(mesh, P())
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -14,13 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jaxtune
-from jaxtune import assemble, checkpoint, metrics, optim, pods, setup, sharding
+from jaxtune import aot, assemble, bucket, checkpoint, metrics, optim, pods, setup, sharding
 from jaxtune.assemble import Assembly
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
 from jaxtune.console import bar, say
 from jaxtune.data import pipeline
-from jaxtune.data.packing import Batch, Rows, digest
+from jaxtune.data.packing import WIDTH_MULTIPLE, Batch, Rows, digest
 from jaxtune.errors import Cancelled, ConfigError, Interrupted, NumericsError, StorageError
 from jaxtune.hf import files, tokenizer
 from jaxtune.scoring import evaluate
@@ -75,7 +76,7 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
     Raises:
       Failure: see jaxtune.errors; everything reached so far is saved, except by a full disk.
     """
-    workdir = Path(workdir)
+    workdir = bucket.folder(workdir)
     started = time.monotonic()
     with lock(workdir), Stop() as stop:
         ready = prepare(config, workdir)
@@ -83,8 +84,10 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
         state, progress, steps = ready.state, ready.progress, ready.steps
         first = int(state.step)
         _write_json(workdir / setup.CONFIG, setup.portable(config))
+        # Of a bucket's workdir, what is appended to is kept here and sent with each checkpoint.
+        desk = bucket.Desk(workdir, metrics.FILES if pods.is_first() else ())
         writer = metrics.open_writer(
-            workdir,
+            desk.folder,
             tensorboard=config.train.tensorboard,
             wandb=config.train.wandb,
             resume_step=first,
@@ -93,17 +96,19 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
         train_step, eval_step = jit_train(ready.program, state), jit_eval(ready.program)
         meter = metrics.Meter()
 
-        def measure(step: int) -> None:
+        def measure(step: int) -> bool:
+            """Evaluates, unless that is done; whether it has a new result."""
             if ready.eval is None or any(at == step for at, _ in progress.evals):
-                return
+                return False
             with meter.excluded():
                 batches = _eval_batches(config, ready, stop)
                 score = evaluate(eval_step, state.trainable, ready.frozen, batches)
             if stop.agreed:
-                return  # it ended early, and is done again on resuming
+                return False  # it ended early, and is done again on resuming
             progress.evals.append([step, score.loss])
             writer.write(step, "eval", score._asdict())
             say(f"step {step}: evaluation loss {score.loss:.4f}, accuracy {score.accuracy:.1%}")
+            return True
 
         def save(step: int) -> None:
             with meter.excluded():
@@ -112,6 +117,7 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
                     "fingerprint": ready.fingerprint,
                     "progress": dataclasses.asdict(progress),
                 }
+                desk.push()
                 ready.saver.save(step, state, meta=meta, loss=losses[0] if losses else None)
 
         with (
@@ -119,10 +125,11 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
             bar(
                 "pretraining" if config.task == "pretrain" else "fine-tuning", steps, first
             ) as show,
+            closing(desk),
             closing(writer),
         ):
-            if first == 0:
-                measure(first)
+            if (first in (0, steps) or _due(config.eval.every, first)) and measure(first) and first:
+                save(first)  # whose evaluation a stop had cut off
             batches = _batches(config, ready, first)
             pending: tuple[int, StepMetrics] | None = None
             step = first
@@ -134,8 +141,8 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
                 if pending is not None:
                     _record(pending, config, progress, meter, writer, show)
                 pending = (step, measured)
-                due_eval = config.eval.every and step % config.eval.every == 0
-                due_save = step % config.checkpoint.every == 0
+                due_eval = _due(config.eval.every, step)
+                due_save = _due(config.checkpoint.every, step)
                 if due_eval or due_save or step == steps:
                     _record(pending, config, progress, meter, writer, show)
                     pending = None
@@ -183,6 +190,10 @@ def prepare(config: Config, workdir: Path) -> Ready:
     where = workdir / "checkpoints"
     if (meta := checkpoint.latest_meta(where)) is not None:
         check_fingerprint(meta["fingerprint"], fingerprint)
+    # Where memory allows it less is computed twice; config and fingerprint keep "auto".
+    resolved = aot.resolve_remat(config, folder, mesh)
+    if resolved.model.remat not in (config.model.remat, "full"):
+        assembly = assemble.assemble(resolved, folder, mesh)
     program = setup.program(config, assembly, steps)
     state, frozen = setup.initial(config, assembly, program, mesh)
     progress = Progress()
@@ -275,6 +286,10 @@ def _record(pending, config: Config, progress: Progress, meter, writer, show) ->
         progress.window_tokens = 0
 
 
+def _due(every: int, step: int) -> bool:
+    return bool(every) and step % every == 0
+
+
 def _impatient(config: Config, progress: Progress) -> bool:
     return bool(config.eval.patience) and progress.since_best() >= config.eval.patience
 
@@ -311,6 +326,12 @@ def _check_batch(config: Config, mesh: Mesh) -> None:
             f"{config.train.grad_accum} = {rows} rows do not divide over {devices} devices",
             fix=f"a batch_size that is a multiple of {devices * config.train.grad_accum}",
         )
+    parts, length = mesh.shape[sharding.CONTEXT], config.data.max_length
+    if parts > 1 and (length % WIDTH_MULTIPLE or WIDTH_MULTIPLE % parts):
+        raise ConfigError(
+            f"rows of data.max_length {length} are not cut evenly by mesh.context {parts}",
+            fix=f"mesh.context of 2, 4 or 8, and a max_length that is a multiple of {128 * parts}",
+        )
 
 
 def _fingerprint(config: Config, folder: Path, train: Rows, evals: Rows | None, steps: int):
@@ -341,8 +362,8 @@ def _shared_settings(config: Config) -> dict[str, Any]:
 
 def _say_size(config: Config, assembly: Assembly, steps: int, mesh: Mesh) -> None:
     count = {True: 0, False: 0}
-    for path, shape in assembly.shapes.items():
-        count[path in assembly.trained] += math.prod(shape.shape)
+    for path, size in assembly.sizes.items():
+        count[path in assembly.trained] += size
     share = count[True] / (count[True] + count[False])
     method = f"LoRA r={config.lora.r}" if config.lora.r else "full fine-tuning"
     say(
@@ -350,14 +371,22 @@ def _say_size(config: Config, assembly: Assembly, steps: int, mesh: Mesh) -> Non
         f"({share:.2%}), {steps} steps of {config.train.batch_size} rows, peak learning rate "
         f"{optim.peak_lr(config):g}, on {mesh.size} {mesh.devices.flat[0].device_kind} device(s)"
     )
+    trained = [path for path in assembly.trained if re.match(r"layers\..*\.kernel$", path)]
+    if assembly.quantized and trained:
+        say(f"not {config.model.quantize}, since they are trained in full: {', '.join(trained)}")
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     if not pods.is_first():
         return
+    text = json.dumps(value, indent=2) + "\n"
+    if bucket.is_bucket(path):
+        with bucket.reaching(str(path)):
+            path.write_text(text)  # an object is there as a whole or not at all
+        return
     try:
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(value, indent=2) + "\n")
+        partial.write_text(text)
         partial.replace(path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error}", fix="free space there") from error

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.table import Table
 
-from jaxtune import assemble, checkpoint, decoding, pods, setup, sharding, tree
+from jaxtune import assemble, bucket, checkpoint, decoding, pods, setup, sharding, tree
 from jaxtune.assemble import Assembly
 from jaxtune.config import Config, MeshConfig
 from jaxtune.console import say, stderr
@@ -64,8 +64,9 @@ def open_run(workdir: str | Path, step: int | None = None) -> Tuned:
       ConfigError: no run in that folder.
       StorageError: no checkpoint that verifies.
     """
-    workdir = Path(workdir)
-    config = setup.read_config(workdir)
+    workdir = bucket.folder(workdir)
+    with bucket.reaching(workdir):
+        config = setup.read_config(workdir)
     folder = files.resolve(config.model.path)
     mesh = _mesh(config)
     assembly = assemble.assemble(config, folder, mesh)
@@ -239,6 +240,11 @@ def export(
     """
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is not known", fix=f"of {', '.join(FORMATS)}")
+    if bucket.is_bucket(out):
+        raise ConfigError(
+            f"{out} is in a bucket, and an export is read back from a disk",
+            fix=f"--out=DIR, then gcloud storage cp -r DIR {out}",
+        )
     tuned = open_run(workdir, step)
     config, assembly = tuned.config, tuned.assembly
     leaves = pods.gather(tuned.changes)
@@ -247,6 +253,11 @@ def export(
         return {"format": format, "step": tuned.step, "out": str(out)}
     common = (Path(out), assembly.folder, assembly.family, assembly.model, leaves)
     if format == "hf":
+        if assembly.quantized:
+            say(
+                f"trained on {config.model.quantize} weights, merged into those of "
+                f"{assembly.folder} as they are there"
+            )
         template = (tuned.template or "") if config.data.template else ""
         written = merged.write_merged(
             *common,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxtune import sharding
 from jaxtune.config import MeshConfig
+from jaxtune.kernels import attention as attention_module
 from jaxtune.kernels import blockwise as module
 from jaxtune.kernels.attention import attention
 
@@ -244,6 +245,60 @@ def test_rules_sharded(rules):
         assert_close(values_and_gradients(partial(ours, **rules), *given, numbers), expected)
         window = jnp.asarray(rules["window"], jnp.int32)
         assert_close([jax.jit(traced)(*given[:3], numbers, window)], expected[:1])
+
+
+ON_CONTEXT = [
+    (MeshConfig(context=2, data=2, fsdp=2), 120, {}),
+    (MeshConfig(context=4, tensor=2, fsdp=1), 120, {"window": 70, "softcap": 0.7}),
+    (MeshConfig(context=8, fsdp=1), 400, {}),
+    (MeshConfig(context=4, fsdp=2), 100, {"causal": False, "window": 9}),
+    (MeshConfig(context=4, fsdp=2), 100, {"window": 5}),  # parts of 25 tokens have no halves
+    (MeshConfig(context=8, fsdp=1), 100, {}),  # 100 tokens have no eight equal parts
+]
+
+
+@pytest.mark.parametrize(("mesh", "length", "rules"), ON_CONTEXT)
+def test_rows_cut_over_devices(mesh, length, rules):
+    given = inputs(4, length, 4, 2)
+    numbers = segments([[30 + 5 * row, 41] for row in range(4)], length)
+    expected = values_and_gradients(partial(plain, **rules), *given, numbers)
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        assert_close(values_and_gradients(partial(ours, **rules), *given, numbers), expected)
+
+
+def test_every_device_has_early_and_late_queries():
+    """Of n devices each has spans i and 2 n - 1 - i, so all see equally many keys."""
+    assert attention_module._spans(80, 4, causal=True).tolist() == [
+        [0, 70],
+        [60, 10],
+        [20, 50],
+        [40, 30],
+    ]
+    assert attention_module._spans(80, 4, causal=False).tolist() == [[0], [20], [40], [60]]
+    assert attention_module._spans(81, 1, causal=True).tolist() == [[0]]
+
+
+@pytest.mark.parametrize(("name", "walks"), [("context", 4), ("nothing", 6)])
+def test_saved_by_name_it_is_not_computed_again(name, walks):
+    """Forward and backward are two loops each."""
+    (q, k, v, _), numbers = inputs(1, 130, 2, 1), segments([[130]], 130)
+    policy = jax.checkpoint_policies.save_only_these_names(name)
+    layer = jax.checkpoint(partial(ours, segments=numbers), policy=policy)
+    text = str(jax.make_jaxpr(jax.grad(lambda *given: layer(*given).sum(), (0, 1, 2)))(q, k, v))
+    assert text.count("scan[") + text.count("while[") == walks
+
+
+def test_which_form():
+    rules = module.Rules(SCALE, 0.0, True)
+    tpu = attention_module.Case("tpu", "", jnp.bfloat16, 128, 1000, 1, rules, (0, 512))
+    assert attention_module.chosen(tpu) == "splash"
+    assert attention_module.chosen(tpu._replace(windows=())) == "blockwise"  # unknown ones
+    assert attention_module.chosen(tpu._replace(shards=4)) == "blockwise"  # 250 is no whole block
+    assert attention_module.chosen(tpu._replace(shards=4, length=1024)) == "splash"
+    assert attention_module.chosen(tpu._replace(platform="cpu")) == "blockwise"
+    gpu = tpu._replace(platform="gpu", capability="9.0", windows=(0,))
+    assert attention_module.chosen(gpu) == "cudnn"
+    assert attention_module.chosen(gpu._replace(shards=4, length=1024)) == "blockwise"
 
 
 def test_a_batch_that_the_mesh_does_not_divide():

@@ -19,6 +19,7 @@ MESHES = {
     "fsdp=8": (MeshConfig(fsdp=8), 40),
     "fsdp=4 expert=2": (MeshConfig(fsdp=4, expert=2), 80),
     "fsdp=2 expert=4": (MeshConfig(fsdp=2, expert=4), 80),
+    "context=2 fsdp=2 expert=2": (MeshConfig(context=2, fsdp=2, expert=2), 80),
     # 21 tokens do not divide
     "data=2 expert=2 tensor=2": (MeshConfig(data=2, fsdp=1, expert=2, tensor=2), 21),
 }

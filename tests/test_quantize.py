@@ -85,7 +85,7 @@ kernels = st.builds(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(kernel=kernels)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_weight_becomes_the_nearest_there_is(scheme, kernel):
@@ -110,9 +110,9 @@ def test_every_weight_becomes_the_nearest_there_is(scheme, kernel):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_columns_of_zeros_stay_zeros(scheme):
     kernel = np.zeros((70, 3), np.float32)
-    kernel[5, 1] = 3
+    kernel[5, 1] = 3.5
     found = there_and_back(kernel, scheme)
-    assert found[5, 1] == pytest.approx(3)
+    assert found[5, 1] == pytest.approx(3.5)
     assert np.count_nonzero(found) == 1
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtune import bucket
 from jaxtune.errors import DataError
 
 BAD_ROW_FIX = "mend it, delete it, or allow some with data.skip_bad_rows"
@@ -46,6 +47,8 @@ def read_rows(path: str, split: str = "train", name: str = "", numbered: bool = 
     Raises:
       DataError: at once for what cannot be opened at all.
     """
+    if bucket.is_bucket(path):
+        path = str(bucket.local(path, DataError))
     if re.match(r"[a-z0-9]+://", path):
         raise DataError(f"data path {path} is a URL, which is never fetched", fix="a local copy")
     try:

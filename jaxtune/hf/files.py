@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxtune import bucket
 from jaxtune.errors import ModelError
 
 DTYPES = {
@@ -95,11 +96,13 @@ class Tensor:
 
 
 def resolve(path: str) -> Path:
-    """A local folder as it is, or a hub id's snapshot (safetensors, json and tokenizer files only).
+    """A local folder as it is; of a bucket or a hub id a copy of the files we read.
 
     Raises:
       ModelError: neither a folder nor a repository that can be had.
     """
+    if bucket.is_bucket(path):
+        return bucket.local(path, ModelError, _HUB_FILES)
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder

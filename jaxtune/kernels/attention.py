@@ -1,6 +1,7 @@
 """Attention within segments: one signature for every platform, causal or both ways.
 
-TPUs have a kernel of their own, splash; elsewhere blocks of queries and keys are walked.
+TPUs have a kernel of their own, splash, and NVIDIA's GPUs one of cuDNN; elsewhere, and where these
+do not apply, blocks of queries and keys are walked. `chosen` says which it is.
 
 Where the mesh cuts rows over `context`, keys and values are gathered, and queries change places so
 that every device holds an early and a late span of its row. Late queries see more keys: without the
@@ -12,6 +13,7 @@ P spans of queries.
 
 import math
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxtune import sharding
+from jaxtune.kernels import cudnn
 from jaxtune.kernels.blockwise import LEAST, Rules, blockwise, einsum, reach_of, sees
 from jaxtune.sharding import BATCH, CONTEXT
 
@@ -61,40 +64,84 @@ def attention(
     mesh, length = jax.sharding.get_abstract_mesh(), q_BTNH.shape[1]
     shards = 1 if mesh.empty or length % mesh.shape[CONTEXT] else mesh.shape[CONTEXT]
     spans = _spans(length, shards, causal)
-    windows = windows if isinstance(window, jax.Array) else (window,)
+    case = Case(
+        sharding.platform(),
+        _capability(),
+        q_BTNH.dtype,
+        q_BTNH.shape[3],
+        length,
+        shards,
+        rules,
+        windows if isinstance(window, jax.Array) else (window,),
+    )
     axis = CONTEXT if shards > 1 else None
-    if chosen(sharding.platform(), length, shards, windows) == "splash":
-        from jaxtune.kernels import splash  # only TPUs need it, and it takes a while
-
-        groups = q_BTNH.shape[2] // k_BSKH.shape[2]
-        made = splash.make_kernels(spans, length, groups, windows, rules)
-        form, extra = partial(splash.splash, rules=rules), (made, splash.number_of(window, windows))
-        extra_specs = (splash.specs(made, axis), P())
-    else:
-        form = partial(blockwise, rules=rules)
-        extra = (jnp.asarray(spans.reshape(-1), jnp.int32), reach)
-        extra_specs = (P(axis), P())
+    groups = q_BTNH.shape[2] // k_BSKH.shape[2]
+    form, extra, extra_specs = _form(case, spans, k_BSKH, groups, window, reach, axis)
     local = partial(_local, form=form, shards=shards, dealt=spans.shape[1] > 1)
     if not mesh.empty and mesh.size > 1:
-        # Every device skips blocks by its own rows, and nothing is left to the partitioner.
-        fits = q_BTNH.shape[0] % math.prod(mesh.shape[name] for name in BATCH) == 0
-        split = k_BSKH.shape[2] % mesh.shape["tensor"] == 0
-        tokens = P(BATCH if fits else None, axis)
-        spec = P(*tokens, "tensor" if split else None, None)
-        local = jax.shard_map(
-            local,
-            in_specs=(spec, spec, spec, tokens, extra_specs),
-            out_specs=spec,
-            check_vma=False,
-        )
+        local = _on_devices(local, mesh, q_BTNH, k_BSKH, axis, extra_specs)
     return local(q_BTNH, k_BSKH, v_BSKH, segments_BT, extra)
 
 
-def chosen(platform: str, length: int, shards: int, windows: tuple[int, ...]) -> str:
-    """The form that serves rows of this length: "splash" or "blockwise"."""
-    # Splash cuts rows where its lanes end, and is built for every window there is.
-    whole = shards == 1 or length % (shards * 128) == 0
-    return "splash" if platform == "tpu" and whole and windows else "blockwise"
+def _on_devices(local, mesh, q_BTNH, k_BSKH, axis: str | None, extra_specs):
+    """Every device skips blocks by its own rows, and nothing is left to the partitioner."""
+    fits = q_BTNH.shape[0] % math.prod(mesh.shape[name] for name in BATCH) == 0
+    split = k_BSKH.shape[2] % mesh.shape["tensor"] == 0
+    tokens = P(BATCH if fits else None, axis)
+    spec = P(*tokens, "tensor" if split else None, None)
+    in_specs = (spec, spec, spec, tokens, extra_specs)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)
+
+
+class Case(NamedTuple):
+    """What decides which form of attention a program has."""
+
+    platform: str
+    capability: str  # of an NVIDIA GPU
+    dtype: Any
+    width: int  # of a head
+    length: int  # of a row
+    shards: int  # of a row
+    rules: Rules
+    windows: tuple[int, ...]  # all that layers may have; empty: unknown
+
+
+def chosen(case: Case) -> str:
+    """The form for this case: "splash", "cudnn" or "blockwise"."""
+    # Splash is built for each window there is, and a part of a row ends where its lanes end.
+    whole = case.shards == 1 or case.length % (case.shards * 128) == 0
+    if case.platform == "tpu" and case.windows and whole:
+        return "splash"
+    fits = cudnn.applies(case.capability, case.dtype, case.width, case.rules, case.windows)
+    if case.platform == "gpu" and case.shards == 1 and fits:
+        return "cudnn"
+    return "blockwise"
+
+
+def _capability() -> str:
+    return str(getattr(jax.local_devices()[0], "compute_capability", ""))
+
+
+def _form(case: Case, spans, k_BSKH, groups: int, window, reach, axis: str | None):
+    """-> (function of q, k, v, segments of both and `extra`; extra; its PartitionSpecs)."""
+    kind, rules = chosen(case), case.rules
+    if kind == "splash":
+        from jaxtune.kernels import splash  # only TPUs need it, and it takes a while
+
+        made = splash.make_kernels(spans, k_BSKH, groups, case.windows, rules)
+        extra = (made, splash.number_of(window, case.windows))
+        return partial(splash.splash, rules=rules), extra, (splash.specs(made, axis), P())
+    extra = (jnp.asarray(spans.reshape(-1), jnp.int32), reach)
+    form = partial(blockwise, rules=rules)
+    if kind == "cudnn":
+        form = partial(_cudnn, window=window, rules=rules)
+    return form, extra, (P(axis), P())
+
+
+def _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT, *rest, window: int, rules: Rules) -> jax.Array:
+    inputs = (q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    blocks = partial(blockwise, *inputs, *rest, rules=rules)
+    return cudnn.cudnn(*inputs, window=window, rules=rules, otherwise=blocks)
 
 
 def _spans(length: int, shards: int, causal: bool) -> np.ndarray:

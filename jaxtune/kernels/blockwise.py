@@ -106,7 +106,8 @@ def _forward(
 
 
 def _backward(rules: Rules, size: int, residuals, dout_BKGTH):
-    return *_walk_back(*residuals, dout_BKGTH, rules, size), None, None, None, None
+    gradients = _walk_back(*residuals, dout_BKGTH=dout_BKGTH, rules=rules, size=size)
+    return *gradients, None, None, None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -155,6 +156,7 @@ def _walk_back(
     reach,
     out_BKGTH,
     lse_BKGT,
+    *,
     dout_BKGTH,
     rules: Rules,
     size: int,

@@ -23,41 +23,42 @@ from jaxtune.kernels.blockwise import Rules
 
 _LANES = 128  # lengths are multiples of it
 _BLOCKS = (1024, 512, 256, _LANES)
+_WIDEST = 256  # bytes of a head up to which the largest block leaves room in 16 MiB, on a v4
 _COMPUTED = 512  # keys of a block that are multiplied at a time
 _FUSED = 4  # blocks of keys up to which one backward kernel makes all three gradients
 
 
-def padded(length: int) -> int:
-    """The length to which rows of this many tokens are filled up for the kernel."""
-    return -(-length // _block(length)) * _block(length)
+def _blocks(width: int, dtype) -> tuple[int, ...]:
+    """Blocks that may be taken with heads of this width."""
+    narrow = max(width, _LANES) * jnp.dtype(dtype).itemsize <= _WIDEST
+    return _BLOCKS if narrow else _BLOCKS[1:]
 
 
-def _block(length: int) -> int:
-    """The largest block that fills a row up by no more than an eighth."""
-    return next((b for b in _BLOCKS if -length % b <= length // 8), _LANES)
-
-
-def _divisor(length: int) -> int:
-    return next(block for block in _BLOCKS if length % block == 0)
+def padded(length: int, blocks: Sequence[int]) -> int:
+    """A row's length in the kernel: whole blocks, the largest that add no more than an eighth."""
+    block = next((b for b in blocks if -length % b <= length // 8), _LANES)
+    return -(-length // block) * block
 
 
 def make_kernels(
-    spans: np.ndarray, keys: int, groups: int, windows: Sequence[int], rules: Rules
+    spans: np.ndarray, k_BSKH: jax.Array, groups: int, windows: Sequence[int], rules: Rules
 ) -> list[Any]:
     """A kernel for each of these windows: a pytree whose leaves tell which blocks are visited.
 
     Args:
       spans: slots among the keys in which equally long spans of queries begin, [shards, P].
-      keys: how many there are.
+      k_BSKH: the keys, of whole rows.
       groups: query heads for each head of keys.
       windows: 0 is none.
     """
-    inside_T = np.arange(keys // spans.size)
-    if spans.size == 1:
-        inside_T = np.arange(padded(keys))
+    keys, shards, blocks = k_BSKH.shape[1], len(spans), _blocks(k_BSKH.shape[3], k_BSKH.dtype)
+    filled = padded(keys, blocks)
+    inside_T = np.arange(filled if spans.size == 1 else keys // spans.size)
     slots_T = (spans.reshape(-1, 1) + inside_T).reshape(-1).astype(np.int32)
-    shape, shards = (len(slots_T), padded(keys)), len(spans)
-    block_T, block_S = _divisor(shape[0] // shards), _divisor(shape[1])
+    shape = (len(slots_T), filled)
+    block_T, block_S = (
+        next(b for b in blocks if length % b == 0) for length in (len(slots_T) // shards, filled)
+    )
     fused = shape[1] // block_S <= _FUSED
     sizes = kernels.BlockSizes(
         block_q=block_T,
@@ -72,14 +73,16 @@ def make_kernels(
     )
 
     def make(window: int):
-        mask = _mask(window, shape, rules.causal)
-        if hasattr(mask, "q_sequence"):
+        mask, parts = _mask(window, shape, rules.causal), shards
+        if isinstance(mask, masks.FullMask):  # one for all shards, which are alike
+            mask, parts = masks.FullMask((shape[0] // shards, shape[1])), 1
+        else:
             mask.q_sequence = slots_T
         return kernels.make_splash_mqa(
             masks.MultiHeadMask([mask] * groups),
             block_sizes=sizes,
             head_shards=1,
-            q_seq_shards=shards,
+            q_seq_shards=parts,
             attn_logits_soft_cap=rules.softcap or None,
             residual_checkpoint_name="context",
             interpret=sharding.platform() != "tpu",
@@ -89,7 +92,7 @@ def make_kernels(
 
 
 def _mask(window: int, shape: tuple[int, int], causal: bool) -> Any:
-    if not window or window >= shape[1]:
+    if not window or window >= shape[1] - (not causal):  # as far as there are keys
         return masks.CausalMask(shape) if causal else masks.FullMask(shape)
     return masks.LocalMask(shape, (window - 1, 0) if causal else (window, window), 0)
 
@@ -99,12 +102,17 @@ def specs(made: list[Any], axis: str | None) -> list[Any]:
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return []
-    return [kernel.manual_sharding_spec(NamedSharding(mesh, P(None, axis))) for kernel in made]
+
+    def of(kernel):
+        cut = P(None, None if kernel.fwd_mask_info.q_sequence is None else axis)
+        return kernel.manual_sharding_spec(NamedSharding(mesh, cut))
+
+    return [of(kernel) for kernel in made]
 
 
 def number_of(window: jax.Array | int, windows: Sequence[int]) -> jax.Array:
     """Which of these windows, in ascending order, this one is: int32."""
-    return sum((window > each for each in windows[:-1]), jnp.int32(0))
+    return jnp.sum(window > jnp.asarray(windows[:-1], jnp.int32), dtype=jnp.int32)
 
 
 def splash(
@@ -114,8 +122,9 @@ def splash(
     rows, length, heads, width = q_BTNH.shape
     # The kernel knows no factor; this product is rounded once, like every product before it.
     q_BTNH = (q_BTNH.astype(jnp.float32) * rules.scale).astype(q_BTNH.dtype)
-    tail_S = ((0, 0), (0, padded(k_BSKH.shape[1]) - k_BSKH.shape[1]))
-    tail_T = tail_S if length == k_BSKH.shape[1] else ((0, 0), (0, 0))  # cut rows end with a block
+    keys = k_BSKH.shape[1]
+    tail_S = ((0, 0), (0, padded(keys, _blocks(width, k_BSKH.dtype)) - keys))
+    tail_T = tail_S if length == keys else ((0, 0), (0, 0))  # cut rows end with a block
     q_BTNH = jnp.pad(q_BTNH, (*tail_T, (0, 0), (0, 0)))
     k_BSKH, v_BSKH = [jnp.pad(x, (*tail_S, (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH)]
     # Filling sees filling, so no row of scores is empty; no token sees it.

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune.sharding import BATCH, CONTEXT, TOKENS, platform
 
+_ROWS = 1024  # of the vocabulary at a time on a CPU, at most
 _VOCAB = "fsdp"  # mesh axis over which tables are cut
 _ALL = (*BATCH, CONTEXT)  # axes over which tokens are shared out
 _OTHERS = tuple(axis for axis in _ALL if axis != _VOCAB)
@@ -97,11 +98,16 @@ def _shards(vocab: int) -> int:
 
 def chunk_tokens(vocab: int) -> int:
     """Tokens whose logits exist together, over `vocab` rows on this device."""
+    return _chunks(vocab)[0]
+
+
+def _chunks(vocab: int) -> tuple[int, ...]:
+    """Tokens of a chunk; then, where fewer are left, of smaller ones."""
     if platform() == "cpu":
-        return 256  # 128 and 512 are slower
+        return 512, 64
     # On a TPU 64 MB of logits stay in the vector memory, so only the head itself is read. Below
     # about 560 tokens that reading, and not the product, would take the time (v6e).
-    return 1024 if 1024 * vocab * 4 <= 2**26 else 512
+    return (1024,) if 1024 * vocab * 4 <= 2**26 else (512,)
 
 
 def _sharded_walk(
@@ -109,18 +115,20 @@ def _sharded_walk(
 ):
     """-> (TokenLoss, (dx or None, dhead or None)), over all devices of the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return _walk(x_BTD, head_VD, targets_BT, weights_BT, softcap, grad_x, grad_head)
-    cut = _shards(head_VD.shape[0]) > 1
+    sharded = not mesh.empty and mesh.size > 1
+    cut = sharded and _shards(head_VD.shape[0]) > 1
+    walk = partial(
+        _walk, softcap=softcap, grad_x=grad_x, grad_head=grad_head, sharded=sharded, cut=cut
+    )
+    if not sharded:
+        return walk(x_BTD, head_VD, targets_BT, weights_BT)
     rows, table = TOKENS, P(_VOCAB if cut else None, None)
 
     def local(x_BTD, head_VD, targets_BT, weights_BT):
         gather = [x_BTD, targets_BT, weights_BT]
         if cut:
             gather = [jax.lax.all_gather(a, _VOCAB, tiled=True) for a in gather]
-        total, (dx_BTD, dhead_VD) = _walk(
-            gather[0], head_VD, *gather[1:], softcap, grad_x, grad_head, sharded=True, cut=cut
-        )
+        total, (dx_BTD, dhead_VD) = walk(gather[0], head_VD, *gather[1:])
         # Cut: each device of the axis has seen all tokens. Whole: each has seen its own.
         total = jax.lax.psum(total, _OTHERS if cut else _ALL)
         if dx_BTD is not None and cut:
@@ -143,12 +151,12 @@ def _walk(
     head_VD,
     targets_BT,
     weights_BT,
+    *,
     softcap: float,
     grad_x: bool,
     grad_head: bool,
-    *,
-    sharded: bool = False,
-    cut: bool = False,
+    sharded: bool,
+    cut: bool,
 ):
     """Visits the loss-bearing tokens chunk by chunk.
 
@@ -157,69 +165,152 @@ def _walk(
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     targets_N, weights_N = targets_BT.reshape(-1), weights_BT.reshape(-1)
     count, vocab = x_ND.shape[0], head_VD.shape[0]
-    chunk = min(chunk_tokens(vocab), count)
+    *larger, last = _chunks(vocab)
+    sizes = (*(size for size in larger if size <= count), min(last, count))
+    # The gradient of a head takes all logits of a token at once.
+    by_blocks = platform() == "cpu" and not grad_head
+    score = _score_by_blocks if by_blocks else _score_whole
     order_N = jnp.argsort(weights_N == 0, stable=True)  # loss-bearing tokens first
-    order_N = jnp.pad(order_N, (0, -count % chunk), constant_values=count)
-    chunks = -(-jnp.sum(weights_N != 0) // chunk)
+    order_N = jnp.pad(order_N, (0, sizes[0]), constant_values=count)
+    bearing = jnp.sum(weights_N != 0)
     first_row = jax.lax.axis_index(_VOCAB) * vocab if cut else 0
     if sharded:
-        chunks = jax.lax.pmax(chunks, _ALL)  # collectives in the loop need one trip count
+        bearing = jax.lax.pmax(bearing, _ALL)  # collectives in the loop need one trip count
 
     def combine(reduce, value):
         return reduce(value, _VOCAB) if cut else value
 
-    def capped(logits):
-        return softcap * jnp.tanh(logits / softcap) if softcap else logits
-
-    def visit(i, carry):
+    def visit(at_C, carry):
         total, dx_ND, dhead_VD = carry
-        at_C = jax.lax.dynamic_slice_in_dim(order_N, i * chunk, chunk)
         x_CD = x_ND.at[at_C].get(mode="fill", fill_value=0)
         weights_C = weights_N.at[at_C].get(mode="fill", fill_value=0)
         row_C = targets_N.at[at_C].get(mode="fill", fill_value=0) - first_row
         mine_C = (row_C >= 0) & (row_C < vocab)
         row_C = jnp.where(mine_C, row_C, 0)
 
-        logits_CV = jnp.einsum("CD,VD->CV", x_CD, head_VD, preferred_element_type=jnp.float32)
-        top_C = combine(jax.lax.pmax, logits_CV.max(axis=-1))
-        target_C = jnp.take_along_axis(logits_CV, row_C[:, None], axis=1)[:, 0]
-        target_C = combine(jax.lax.psum, jnp.where(mine_C, target_C, 0.0))
+        own, exp_CV = score(x_CD, head_VD, row_C, softcap, grad_x)
+        top_C = combine(jax.lax.pmax, own.top_C)
+        target_C = combine(jax.lax.psum, jnp.where(mine_C, own.target_C, 0.0))
         # A model whose logits are all equal has predicted nothing: ties are not correct.
-        at_top_C = combine(jax.lax.psum, jnp.sum(logits_CV == top_C[:, None], axis=-1))
+        at_top_C = combine(jax.lax.psum, jnp.where(own.top_C == top_C, own.at_top_C, 0))
         hits_C = (target_C >= top_C) & (at_top_C == 1)
         # A cap keeps the order of the logits, but rounding may make ties: it comes after the hits.
-        logits_CV, top_C, target_C = capped(logits_CV), capped(top_C), capped(target_C)
-        exp_CV = jnp.exp(logits_CV - top_C[:, None])
-        sum_C = combine(jax.lax.psum, exp_CV.sum(axis=-1))
+        top_C, own_top_C, target_C = (_cap(a, softcap) for a in (top_C, own.top_C, target_C))
+        shrink_C = jnp.exp(own_top_C - top_C)
+        sum_C = combine(jax.lax.psum, shrink_C * own.sum_C)
         total = TokenLoss(
             total.loss + jnp.sum(weights_C * (jnp.log(sum_C) + top_C - target_C)),
             total.correct + jnp.sum(weights_C * hits_C),
         )
-        if grad_x or grad_head:  # d loss / d logits = weight * (softmax - one_hot)
-            share_C = (weights_C / sum_C)[:, None]  # narrow tensors are scaled, not [C, V]
-            hit_C = weights_C * mine_C
-            if softcap:  # d capped / d logits = 1 - (capped / softcap)^2
-                exp_CV *= 1 - jnp.square(logits_CV / softcap)
-                hit_C *= 1 - jnp.square(target_C / softcap)
-            exp_CV, hit_C = exp_CV.astype(x_CD.dtype), hit_C.astype(x_CD.dtype)[:, None]
+        # d loss / d logits = weight * (softmax - one_hot); narrow tensors are scaled, not [C, V]
+        share_C1 = (weights_C * shrink_C / sum_C)[:, None]
+        hit_C1 = (weights_C * mine_C * _slope(target_C, softcap))[:, None]
         if grad_x:
-            mean_CD = jnp.einsum("CV,VD->CD", exp_CV, head_VD, preferred_element_type=jnp.float32)
-            dx_CD = (share_C * mean_CD).astype(x_CD.dtype) - hit_C * head_VD[row_C]
-            dx_ND = dx_ND.at[at_C].set(dx_CD, mode="drop")
+            dx_CD = share_C1 * own.mean_CD - hit_C1 * head_VD[row_C].astype(jnp.float32)
+            dx_ND = dx_ND.at[at_C].set(dx_CD.astype(x_ND.dtype), mode="drop")
         if grad_head:
-            dhead_VD += jnp.einsum(
-                "CV,CD->VD", exp_CV, (share_C * x_CD).astype(x_CD.dtype),
-                preferred_element_type=jnp.float32,
-            )  # fmt: skip
-            dhead_VD = dhead_VD.at[row_C].add(-(hit_C * x_CD).astype(jnp.float32))
+            shared_CD = (share_C1 * x_CD).astype(x_CD.dtype)
+            dhead_VD += _einsum("CV,CD->VD", exp_CV, shared_CD)
+            dhead_VD = dhead_VD.at[row_C].add(-hit_C1 * x_CD.astype(jnp.float32))
         return total, dx_ND, dhead_VD
 
     zero = jnp.zeros((), jnp.float32)
-    start = (
+    carry: Any = (
         TokenLoss(zero, zero),
         jnp.zeros_like(x_ND) if grad_x else None,
         jnp.zeros(head_VD.shape, jnp.float32) if grad_head else None,
     )
-    total, dx_ND, dhead_VD = jax.lax.fori_loop(0, chunks, visit, start)
+    begin = jnp.zeros((), bearing.dtype)
+    for size in sizes:
+        left = bearing - begin
+        chunks = -(-left // size) if size == sizes[-1] else left // size
+
+        def chunk(i, carry, begin=begin, size=size):
+            return visit(jax.lax.dynamic_slice_in_dim(order_N, begin + i * size, size), carry)
+
+        carry = jax.lax.fori_loop(0, chunks, chunk, carry)
+        begin += chunks * size
+    total, dx_ND, dhead_VD = carry
     dx_BTD = None if dx_ND is None else dx_ND.reshape(x_BTD.shape)
     return total, (dx_BTD, None if dhead_VD is None else dhead_VD.astype(head_VD.dtype))
+
+
+class _Scores(NamedTuple):
+    """What a chunk's logits over the rows of one device come to, float32."""
+
+    top_C: jax.Array  # the largest, before any cap
+    at_top_C: jax.Array  # how many are as large
+    target_C: jax.Array  # that of `row_C`, before any cap
+    sum_C: jax.Array  # of exp(logit - top), both capped
+    mean_CD: jax.Array | None  # the same sum, of these times slope times row of the head
+
+
+def _score_whole(x_CD, head_VD, row_C, softcap: float, grad_x: bool):
+    """-> (_Scores, slope * exp(logit - top) [C, V] in the dtype of x)."""
+    logits_CV = _einsum("CD,VD->CV", x_CD, head_VD)
+    top_C = logits_CV.max(axis=-1)
+    target_C = jnp.take_along_axis(logits_CV, row_C[:, None], axis=1)[:, 0]
+    at_top_C = jnp.sum(logits_CV == top_C[:, None], axis=-1)
+    logits_CV = _cap(logits_CV, softcap)
+    exp_CV = jnp.exp(logits_CV - _cap(top_C, softcap)[:, None])
+    sum_C = exp_CV.sum(axis=-1)
+    exp_CV = (exp_CV * _slope(logits_CV, softcap)).astype(x_CD.dtype)
+    mean_CD = _einsum("CV,VD->CD", exp_CV, head_VD) if grad_x else None
+    return _Scores(top_C, at_top_C, target_C, sum_C, mean_CD), exp_CV
+
+
+def _score_by_blocks(x_CD, head_VD, row_C, softcap: float, grad_x: bool):
+    """-> (_Scores, None), with a running softmax over blocks of the vocabulary.
+
+    As in FlashAttention-2 (arXiv 2307.08691), so that logits never leave the cache.
+    """
+    vocab = head_VD.shape[0]
+    block = -(-vocab // -(-vocab // _ROWS))
+
+    def visit(first, size: int, own: _Scores) -> _Scores:
+        head_UD = jax.lax.dynamic_slice_in_dim(head_VD, first, size)
+        logits_CU = _einsum("CD,UD->CU", x_CD, head_UD)
+        new_C = logits_CU.max(axis=-1)
+        top_C = jnp.maximum(own.top_C, new_C)
+        at_top_C = jnp.where(own.top_C == top_C, own.at_top_C, 0) + jnp.sum(
+            logits_CU == top_C[:, None], axis=-1
+        )
+        at_C = row_C - first
+        here_C = (at_C >= 0) & (at_C < size)
+        at_C = jnp.where(here_C, at_C, 0)
+        target_C = jnp.take_along_axis(logits_CU, at_C[:, None], axis=1)[:, 0]
+        capped_C = _cap(top_C, softcap)
+        shrink_C = jnp.exp(_cap(own.top_C, softcap) - capped_C)
+        logits_CU = _cap(logits_CU, softcap)
+        exp_CU = jnp.exp(logits_CU - capped_C[:, None])
+        mean_CD = own.mean_CD
+        if mean_CD is not None:
+            slopes_CU = (exp_CU * _slope(logits_CU, softcap)).astype(x_CD.dtype)
+            mean_CD = shrink_C[:, None] * mean_CD + _einsum("CU,UD->CD", slopes_CU, head_UD)
+        return _Scores(
+            top_C,
+            at_top_C,
+            jnp.where(here_C, target_C, own.target_C),
+            shrink_C * own.sum_C + exp_CU.sum(axis=-1),
+            mean_CD,
+        )
+
+    zero_C = jnp.zeros(x_CD.shape[:1], jnp.float32)
+    mean_CD = jnp.zeros(x_CD.shape, jnp.float32) if grad_x else None
+    least_C, none_C = zero_C + jnp.finfo(jnp.float32).min, zero_C.astype(jnp.int32)
+    own = _Scores(least_C, none_C, zero_C, zero_C, mean_CD)
+    blocks, rest = divmod(vocab, block)
+    own = jax.lax.fori_loop(0, blocks, lambda i, own: visit(i * block, block, own), own)
+    return (visit(blocks * block, rest, own) if rest else own), None
+
+
+def _cap(logits: jax.Array, softcap: float) -> jax.Array:
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
+
+
+def _slope(capped: jax.Array, softcap: float) -> jax.Array | float:
+    """d capped / d logits."""
+    return 1 - jnp.square(capped / softcap) if softcap else 1.0
+
+
+_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)

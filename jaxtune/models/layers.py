@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from jaxtune.kernels import experts, quantize
+from jaxtune.kernels import experts, products, quantize
 
 if TYPE_CHECKING:
     from jaxtune.models.adapter import Adapter
@@ -102,7 +102,7 @@ class Linear(nnx.Module):
         """x W in the dtype `kind`, multiplied in that of x."""
         if self.layout is None:
             kernel_IO = self.kernel[...].astype(x_BTI.dtype)
-            return jnp.matmul(x_BTI, kernel_IO, preferred_element_type=kind)
+            return products.matmul(x_BTI, kernel_IO, kind)
         return quantize.matmul(x_BTI, self.kernel[...], self._scale(), self.layout, kind)
 
     def grouped(self, x_MI: jax.Array, plan: experts.Plan) -> jax.Array:

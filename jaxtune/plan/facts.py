@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 from functools import cache
 from pathlib import Path
@@ -18,13 +17,18 @@ import jax
 
 import jaxtune
 from jaxtune import aot, assemble, estimate, flags, setup, sharding
-from jaxtune.assemble import Assembly
 from jaxtune.config import Config
 from jaxtune.hf import files
-from jaxtune.kernels.vocabulary import chunk_tokens
 from jaxtune.plan import hlo
 from jaxtune.plan.topologies import Topology, devices
 from jaxtune.setup import within_positions
+
+# Scopes whose products a program does not show: inside of kernels, or in loops that are as long as
+# the data says. What they cost at most comes from the config.
+_HIDDEN = ("attention", "vocabulary")
+
+# Files that no fact follows from.
+_SHOWS = ("cli.py", "console.py", "demo/", "plan/command.py", "plan/report.py", "plan/search.py")
 
 
 class Facts(NamedTuple):
@@ -33,7 +37,7 @@ class Facts(NamedTuple):
     fits: bool
     needed: int  # bytes
     available: int
-    buffers: tuple[tuple[int, str], ...]  # (bytes, name) of the largest, of a step that does not fit
+    buffers: tuple[tuple[int, str], ...]  # (bytes, name) of the largest, where it does not fit
     arguments: int
     temporaries: int  # and outputs that take no argument's place
     parts: dict[str, int]  # bytes by what they hold: base, adapters, optimizer, batch
@@ -90,7 +94,7 @@ def _compile(config: Config, folder: Path, topology: Topology) -> Facts:
     program = setup.program(config, assembly, steps=1)
     parts = estimate.memory(config, assembly, program, mesh)
     counted = estimate.flops(config, assembly)
-    first = mesh.devices.flat[0]
+    first = aot.own_device(mesh)
     values: dict[str, Any] = {
         "parts": {k: v for k, v in parts._asdict().items() if k not in ("saved", "working")},
         "flops_a_token": counted._asdict(),
@@ -115,15 +119,15 @@ def _compile(config: Config, folder: Path, topology: Topology) -> Facts:
             seconds=0.0,
             **values,
         )
-    trips = {"vocabulary": _head_trips(config, assembly, mesh)}
     found = hlo.count(
         compiled.hlo,
-        trips=trips | {"attention": 1},
-        apart=("attention",),
+        trips=dict.fromkeys(_HIDDEN, 1),
+        apart=_HIDDEN,
         slices=mesh.shape["slices"],
         devices=mesh.size,
     )
-    hidden = (counted.attention + counted.attention_again) * values["tokens"] / mesh.size
+    hidden = counted.attention + counted.attention_again + counted.head
+    hidden *= values["tokens"] / mesh.size
     return Facts(
         fits=True,
         needed=compiled.total,
@@ -139,16 +143,6 @@ def _compile(config: Config, folder: Path, topology: Topology) -> Facts:
         seconds=compiled.seconds_lower + compiled.seconds_compile,
         **values,
     )
-
-
-def _head_trips(config: Config, assembly: Assembly, mesh: jax.sharding.Mesh) -> int:
-    """How often the walk over the vocabulary goes round when every token bears loss."""
-    vocab, shards = assembly.model.vocab_size, mesh.shape["fsdp"]
-    cut = vocab % shards == 0
-    tokens = estimate.tokens_a_device(config, mesh) * (shards if cut else 1)
-    with jax.set_mesh(mesh):
-        own = chunk_tokens(vocab // shards if cut else vocab)
-    return math.ceil(tokens / min(own, tokens))
 
 
 def _key(config: Config, folder: Path, topology: Topology) -> str:
@@ -178,7 +172,9 @@ def _source() -> str:
     digest = hashlib.sha256(jaxtune.__version__.encode())
     root = Path(__file__).parents[1]
     for file in sorted(root.rglob("*.py")):
-        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+        name = file.relative_to(root).as_posix()
+        if not name.startswith(_SHOWS):
+            digest.update(name.encode() + file.read_bytes())
     return digest.hexdigest()
 
 

@@ -8,9 +8,9 @@ who knows it.
 
 import math
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -37,8 +37,8 @@ COLLECTIVES = (
 # Instructions that move nothing, or whose insides are counted instead.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-    "call", "after-all", "partition-id", "replica-id", "opt-barrier", "iota", "async-start",
-    "async-update", "async-done",
+    "call", "after-all", "partition-id", "replica-id", "opt-barrier", "iota", "async",
+    "async-update",
 }  # fmt: skip
 
 
@@ -49,10 +49,10 @@ class Counts:
     flops: float = 0.0
     apart: float = 0.0  # operations of the scopes that were to be kept apart
     hbm: float = 0.0  # bytes read and written in main memory, on-chip memory left out
-    ici: Counter[str] = field(default_factory=Counter)  # bytes a device sends, by collective
-    dcn: Counter[str] = field(default_factory=Counter)  # the same, between slices
-    kernels: Counter[str] = field(default_factory=Counter)  # runs of custom calls, by target
-    unknown: Counter[str] = field(default_factory=Counter)  # loops counted once: no count found
+    ici: dict[str, float] = field(default_factory=dict)  # bytes a device sends, by collective
+    dcn: dict[str, float] = field(default_factory=dict)  # the same, between slices
+    kernels: dict[str, float] = field(default_factory=dict)  # runs of custom calls, by target
+    unknown: dict[str, float] = field(default_factory=dict)  # loops counted once: no count found
 
     def add(self, other: "Counts", times: float = 1) -> None:
         self.flops += other.flops * times
@@ -61,14 +61,21 @@ class Counts:
         for name in ("ici", "dcn", "kernels", "unknown"):
             mine, theirs = getattr(self, name), getattr(other, name)
             for key, value in theirs.items():
-                mine[key] += value * (1 if name == "unknown" else times)
+                mine[key] = mine.get(key, 0) + value * (1 if name == "unknown" else times)
 
 
 class _Open(NamedTuple):
     """Counts of a computation, and its collectives by channel: pieces of one are one."""
 
     counts: Counts
-    collectives: dict[str, tuple[str, bool, float]]  # {channel: (kind, between slices, bytes)}
+    collectives: dict[str, "_Collective"]  # by channel
+
+
+class _Collective(NamedTuple):
+    kind: str
+    between: bool  # slices
+    sent: float  # bytes of a device
+    hbm: float  # bytes of main memory
 
 
 class _Counter:
@@ -82,8 +89,10 @@ class _Counter:
         inner = self.visit(name, fused=False)
         total = Counts()
         total.add(inner.counts)
-        for kind, between, size in inner.collectives.values():
-            (total.dcn if between else total.ici)[kind] += size
+        for one in inner.collectives.values():
+            sent = total.dcn if one.between else total.ici
+            sent[one.kind] = sent.get(one.kind, 0) + one.sent
+            total.hbm += one.hbm
         return total
 
     def visit(self, name: str, fused: bool) -> _Open:
@@ -100,10 +109,7 @@ class _Counter:
         kind = one.opcode.removesuffix("-start")
         if one.opcode in ("dot", "convolution"):
             products = (_dot if one.opcode == "dot" else _convolution)(computation, one)
-            if any(scope in op_name(one) for scope in self.apart):
-                out.counts.apart += products
-            else:
-                out.counts.flops += products
+            self.put(one, Counts(flops=products), out.counts)
         elif one.opcode == "while":
             self.loop(computation, one, out.counts)
         elif one.opcode == "conditional":
@@ -111,21 +117,38 @@ class _Counter:
             listed = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
             branches += re.findall(r"[\w.\-]+", listed[1]) if listed else []
             costs = [self.closed(branch) for branch in branches]
-            out.counts.add(max(costs, key=lambda c: (c.flops, c.hbm)))
-        elif one.opcode in ("fusion", "call", "async-start"):
+            self.put(one, max(costs, key=lambda c: (c.flops + c.apart, c.hbm)), out.counts)
+        elif one.opcode == "async-start" or kind in (
+            "fusion",
+            "call",
+        ):  # call-start: on a sparse core
             for name in called(one):
-                inner = self.visit(name, fused or one.opcode == "fusion")
-                out.counts.add(inner.counts)
+                inner = self.visit(name, fused or kind == "fusion")
+                self.put(one, inner.counts, out.counts)
                 out.collectives.update(inner.collectives)
         elif one.opcode == "custom-call":
             target = re.search(r'custom_call_target="([^"]*)"', one.rest)
-            out.counts.kernels[target[1] if target else "?"] += 1
+            out.counts.add(Counts(kernels={target[1] if target else "?": 1}))
         elif kind in COLLECTIVES and not one.opcode.endswith("-done"):
             channel = re.search(r"channel_id=(\d+)", one.rest)
             key = f"{kind} {channel[1]}" if channel else one.name
-            out.collectives[key] = (kind, *self.traffic(computation, one, kind))
+            out.collectives[key] = self.collective(computation, one, kind)
+        elif one.opcode == "send" and "_xla_megascale" in one.rest:
+            out.collectives[one.name] = self.between_slices(computation, one)
         if not fused:
             out.counts.hbm += self.memory(computation, one)
+
+    def between_slices(self, computation: Computation, one: Instruction) -> _Collective:
+        """A collective's part over the data centre's network: libtpu sends it by way of the host.
+
+        Within the slices it has become collectives of their own.
+        """
+        size, others = size_of(computation[one.operands[0]].shape), self.slices - 1
+        match = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)
+        kind = match[1].lower().replace("_", "-") if match else "send"
+        rounds = {"all-reduce": 2 * others / self.slices, "all-gather": others}
+        rounds |= {"reduce-scatter": others / self.slices, "all-to-all": others / self.slices}
+        return _Collective(kind, True, size * rounds.get(kind, 1), 2 * size)
 
     def loop(self, computation: Computation, one: Instruction, out: Counts) -> None:
         body, condition = (
@@ -138,30 +161,37 @@ class _Counter:
             label = op_name(one)
             given = [count for part, count in self.trips.items() if part in label]
             if not given:
-                out.unknown[label] += 1
+                out.add(Counts(unknown={label: 1}))
             times = given[0] if given else 1
-        out.add(self.closed(body[1]), times)
+        self.put(one, self.closed(body[1]), out, times)
 
-    def traffic(self, computation: Computation, one: Instruction, kind: str) -> tuple[bool, float]:
-        """(whether it passes between slices, bytes that a device sends)."""
+    def put(self, one: Instruction, counts: Counts, out: Counts, times: float = 1) -> None:
+        """Adds what an instruction costs; all products inside of a scope kept apart are so too."""
+        if any(scope in op_name(one) for scope in self.apart):
+            counts = replace(counts, flops=0.0, apart=counts.apart + counts.flops)
+        out.add(counts, times)
+
+    def collective(self, computation: Computation, one: Instruction, kind: str) -> _Collective:
         size = sum(size_of(computation[name].shape) for name in one.operands if name in computation)
+        read = sum(leaf.bytes for name in one.operands for leaf in _hbm(computation, name))
+        per_slice = self.devices // self.slices
         if kind == "collective-permute":
             pairs = re.findall(r"\{(\d+),(\d+)\}", one.rest.split("source_target_pairs=")[-1])
-            per_slice = self.devices // self.slices
             between = any(int(a) // per_slice != int(b) // per_slice for a, b in pairs)
-            return between, size
+            return _Collective(kind, between, size, 2 * read)
         group = replica_group(one.rest, self.devices)
         count = len(group)
-        between = len({member // (self.devices // self.slices) for member in group}) > 1
+        between = len({member // per_slice for member in group}) > 1
         if kind == "all-gather":
-            return between, size * (count - 1)
+            return _Collective(kind, between, size * (count - 1), read * (1 + count))
         rounds = 2 if kind == "all-reduce" else 1
-        return between, rounds * size * (count - 1) / count
+        return _Collective(kind, between, rounds * size * (count - 1) / count, 2 * read)
 
     def memory(self, computation: Computation, one: Instruction) -> float:
         """Bytes of main memory that an instruction outside of a fusion reads and writes."""
-        if one.opcode in _FREE or one.opcode.endswith("-done"):
-            return 0.0
+        kind = one.opcode.removesuffix("-start")
+        if kind in _FREE or one.opcode.endswith("-done") or kind in COLLECTIVES:
+            return 0.0  # a collective's pieces share one count
         results = [leaf for leaf in leaves(one.shape) if leaf.in_hbm]
         if one.opcode.endswith("-start"):
             read = sum(leaf.bytes for name in one.operands for leaf in _hbm(computation, name))
@@ -181,15 +211,23 @@ class _Counter:
                 leaf.bytes for name in one.operands for leaf in _hbm(computation, name)
             )
         inside = called(one)[0]
-        root = self.program.roots[inside]
-        if root.opcode == "dynamic-update-slice" and results:
-            inner = self.program.computations[inside]
-            written = size_of(inner[root.operands[1]].shape)
+        inner, root = self.program.computations[inside], self.program.roots[inside]
+        made = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        written = sum(map(partial(self._written, inner), made, leaves(one.shape)))
         for number, name in enumerate(one.operands):
             whole = sum(leaf.bytes for leaf in _hbm(computation, name))
             if whole:
                 written += min(whole, self.used(inside, number))
         return written
+
+    def _written(self, inner: Computation, made: Instruction, leaf: Leaf) -> float:
+        """Bytes of main memory that one result of a fusion takes."""
+        kind = made.opcode.removesuffix("-start").removesuffix("-done")
+        if not leaf.in_hbm or kind in ("parameter", "custom-call", *COLLECTIVES):
+            return 0.0  # passed on as it came, or a collective's, which is counted by itself
+        if made.opcode == "dynamic-update-slice":  # in place
+            return size_of(inner[made.operands[1]].shape)
+        return leaf.bytes
 
     def used(self, name: str, number: int) -> float:
         """Bytes that a fusion reads of one of its parameters: of a sliced one, its slices."""
@@ -211,6 +249,8 @@ class _Counter:
                 total += size_of(user.shape)
             elif user.opcode == "dynamic-update-slice" and at == 0:
                 continue  # written in place
+            elif user.opcode.removesuffix("-start") in ("tuple", "custom-call", *COLLECTIVES):
+                continue  # passed on, or read by a collective, which is counted by itself
             elif user.opcode == "bitcast":
                 total += self._used(computation, user)
             elif user.opcode == "fusion":

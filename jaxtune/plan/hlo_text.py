@@ -165,21 +165,22 @@ def trip_count(
     before = computation.get(loop.operands[0])
     if direction is None or before is None or before.opcode != "tuple":
         return None
-    ends = [
-        _element(computation, before.operands[index]) if is_index else ("value", index)
-        for is_index, index in [(kind == "element", at) for kind, at in sides]
-    ]
     step = _step(program, body, sides)
-    values = [value if kind == "value" else None for kind, value in ends]
-    if step is None or values[0] is None or values[1] is None:
+    if step is None:
         return None
     counter, amount = step
-    start, end = values[counter], values[1 - counter]
-    way = direction[1] if counter == 0 else {"LT": "GT", "GT": "LT"}.get(direction[1], direction[1])
-    distance = {"LT": end - start, "LE": end - start + 1, "NE": end - start, "GT": start - end}
-    if way not in distance or amount == 0:
+    start, end = (
+        _element(computation, before.operands[at]) if kind == "element" else (kind, at)
+        for kind, at in (sides[counter], sides[1 - counter])
+    )
+    if start[0] != "value" or end[0] != "value" or amount == 0:
         return None
-    return max(0, math.ceil(distance[way] / abs(amount)))
+    way = direction[1]
+    if counter == 1:
+        way = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(way, way)
+    up = end[1] - start[1]
+    distance = {"LT": up, "LE": up + 1, "NE": abs(up), "GT": -up, "GE": 1 - up}.get(way)
+    return None if distance is None else max(0, math.ceil(distance / abs(amount)))
 
 
 def _element(computation: Computation, name: str) -> tuple[str, int]:

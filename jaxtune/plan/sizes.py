@@ -43,7 +43,8 @@ def shipped() -> dict[str, dict[str, Any]]:
 def _from_hub(path: str) -> str:
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise ModelError(
-            f"model folder {path!r} does not exist", fix="an existing folder, or a hub id owner/name"
+            f"model folder {path!r} does not exist",
+            fix="an existing folder, or a hub id owner/name",
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

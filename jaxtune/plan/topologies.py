@@ -4,11 +4,13 @@ A console name counts chips for v5e and v6e and TensorCores (two a chip) for the
 a name is two such slices, joined by the data centre's network.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxtune.errors import ConfigError
@@ -128,7 +130,6 @@ def devices(topology: Topology) -> list[Any]:
         raise ConfigError(
             "planning for a TPU needs its compiler, libtpu", fix="pip install 'jaxtune[tpu]'"
         )
-    _keep_libtpu_quiet()
     from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 
@@ -140,9 +141,10 @@ def devices(topology: Topology) -> list[Any]:
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.raw, **options
-        ).devices
+        with _quiet_libtpu():
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=topology.raw, **options
+            ).devices
     except (JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise ConfigError(
             f"libtpu has no {topology.raw}: {' '.join(str(error).split())[:200]}",
@@ -151,8 +153,9 @@ def devices(topology: Topology) -> list[Any]:
     return list(found)
 
 
-def _keep_libtpu_quiet() -> None:
-    """Spares people libtpu's lines about a TPU machine that this one is not."""
+@contextlib.contextmanager
+def _quiet_libtpu() -> Iterator[None]:
+    """Spares people libtpu's lines about a TPU machine that this one is not, while it is loaded."""
     quiet = {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nobody's TPU is opened
         "TPU_SKIP_MDS_QUERY": "1",
@@ -162,5 +165,10 @@ def _keep_libtpu_quiet() -> None:
         "TPU_STDERR_LOG_LEVEL": "3",
         "TPU_MIN_LOG_LEVEL": "3",
     }
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
+    missing = {name: value for name, value in quiet.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)

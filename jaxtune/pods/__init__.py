@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from jaxtune.pods import cluster
 from jaxtune.pods.pod import Pod, leave
 from jaxtune.signals import Stop
 
-HEARTBEAT = 60  # seconds of silence after which a host counts as lost
+HEARTBEAT = 100  # seconds of silence after which a host counts as lost; jax has the same
 ARRIVAL = 300  # seconds all hosts have to start in
 STUCK = 1800  # seconds in which every host must get on while any other does
 _VERSIONS = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers")
@@ -59,36 +59,40 @@ def start(*, heartbeat: float = HEARTBEAT, arrival: float = ARRIVAL, stuck: floa
     # Its C++ handler of SIGTERM would swallow the signal: ours stops all hosts at one step.
     jax.config.update("jax_enable_preemption_service", False)
     address, count, index = found or (None, None, None)
+    fix = "the same command on every host, at the same time"
+    late = f"the hosts of this run did not all come within {arrival:.0f} s"
+    _expect_abort(lambda: Interrupted(late, fix=fix))
     try:
         jax.distributed.initialize(
             address,
             count,
             index,
+            # Told its place, jax must not take Slurm's word for which devices are its own.
+            cluster_detection_method="deactivate" if found else None,
             initialization_timeout=round(arrival),
             heartbeat_timeout_seconds=round(heartbeat),
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise Interrupted(
-            f"the hosts of this run did not all come within {arrival:.0f} s: {_first(error)}",
-            fix="the same command on every host, at the same time",
-        ) from error
+        raise Interrupted(f"{late}: {_first(error)}", fix=fix) from error
     _current(heartbeat, stuck)
 
 
 def _current(heartbeat: float = HEARTBEAT, stuck: float = STUCK) -> Pod | None:
     """This process among the others; None where it is alone."""
     global _pod
-    # jax.distributed does not hand its client out. Without jax there are no other hosts.
-    distributed = sys.modules.get("jax._src.distributed")
-    if _pod is not None or distributed is None:
-        return _pod
-    state = distributed.global_state
-    if state.client is not None and state.num_processes > 1:
+    state = _state()
+    if _pod is None and state is not None and state.num_processes > 1:
         _pod = Pod(state.client, state.process_id, state.num_processes, heartbeat, stuck)
         stderr.quiet = state.process_id > 0  # what is said is the same everywhere
-        if state.process_id > 0:
-            _expect_abort(state.coordinator_address or "")
+        pod, address = _pod, state.coordinator_address or ""
+        _expect_abort(lambda: _lost(pod, address))
     return _pod
+
+
+def _state() -> Any:
+    """What jax.distributed keeps and does not hand out; None where it was not started."""
+    state = getattr(sys.modules.get("jax._src.distributed"), "global_state", None)
+    return state if state is not None and state.client is not None else None
 
 
 def is_first() -> bool:
@@ -104,7 +108,7 @@ def together() -> Iterator[None]:
         yield
     except BaseException as error:
         if _pod is not None:
-            if _of_runtime(error):
+            if _of_runtime(error) or _of_runtime(error.__cause__):
                 _pod.await_news()  # does not come back if a host was lost
             failure = error if isinstance(error, Failure) else None
             line = failure.line() if failure else f"{type(error).__name__}: {_first(error)}"
@@ -119,7 +123,7 @@ def together() -> Iterator[None]:
 
 def end(code: int) -> int:
     """The exit code of a command; of one that failed among others, without waiting for them."""
-    if _pod is not None and code:
+    if code and _state() is not None:
         leave(code)
     return code
 
@@ -135,14 +139,13 @@ def stops(stop: Stop) -> bool:
 
 def all_agree(mine: bool) -> bool:
     """Whether it is so on every host."""
-    pod = _current()
-    return mine if pod is None else all(text == "1" for text in pod.exchange(str(int(mine))))
+    return all(text == "1" for text in exchange(str(int(mine))))
 
 
-def from_first(text: str) -> str:
-    """What the first host gives here, on every host."""
+def exchange(text: str) -> list[str]:
+    """What every host gives here, in their order. Every host must come by here."""
     pod = _current()
-    return text if pod is None else pod.exchange(text)[0]
+    return [text] if pod is None else pod.exchange(text)
 
 
 def check_same(values: Mapping[str, Any]) -> None:
@@ -285,7 +288,7 @@ def _code(error: BaseException) -> int:
     return 130 if isinstance(error, KeyboardInterrupt) else 70
 
 
-def _of_runtime(error: BaseException) -> bool:
+def _of_runtime(error: BaseException | None) -> bool:
     """Whether a host that is gone may be behind an error: a collective of the runtime failed."""
     import jax
 
@@ -293,27 +296,33 @@ def _of_runtime(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and not full
 
 
-def _expect_abort(coordinator: str) -> None:
-    """Makes 75 of the abort with which jax ends a process whose coordinator is gone.
+def _expect_abort(reason: Callable[[], Failure | None]) -> None:
+    """Makes one line and 75 of the abort with which jax ends a process that misses another one.
 
     It aborts in a thread of C++, which calls back no Python (jax 0.10 raises bad_cast there).
     """
-    host, _, port = coordinator.rpartition(":")
 
     def on_abort(_: int) -> None:
-        try:
-            socket.create_connection((host, int(port)), timeout=2).close()
-        except OSError:
-            line = Interrupted(
-                "the first host of this run is gone", fix="the same command on every host"
-            ).line()
-            os.write(2, f"{line}\n".encode())
-            os._exit(Interrupted.exit_code)
-        os._exit(70)
+        failure = reason() or Failure("the runtime aborted", fix="the lines above")
+        os.write(2, f"{failure.line()}\n".encode())
+        os._exit(failure.exit_code)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
     _kept.append(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+
+
+def _lost(pod: Pod, coordinator: str) -> Failure | None:
+    """Why the runtime aborts, if it is for another host."""
+    fix = "the same command on every host goes on from the last save"
+    host, _, port = coordinator.rpartition(":")
+    if pod.index == 0:
+        return Interrupted("another host of this run is gone", fix=fix) if pod.silent() else None
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+        return Interrupted("the first host of this run is gone", fix=fix)
+    return None
 
 
 _kept: list[Any] = []  # what C calls must not be collected

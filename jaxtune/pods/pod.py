@@ -38,8 +38,11 @@ class Pod:
         self._stop_asked = False
         self._exchanges = 0
         self._ending = threading.Event()
-        self._heard: dict[int, tuple[str, float]] = {}  # process 0: last text of each, and when
-        self._moved: dict[int, tuple[int, float]] = {}  # process 0: questions of each, since when
+        # Process 0: the last text of each host and when it came; how far each is, and since when.
+        self._heard: dict[int, tuple[str, float]] = dict.fromkeys(
+            range(count), ("", time.monotonic())
+        )
+        self._moved: dict[int, tuple[int, float]] = {}
         self._say_at("name", socket.gethostname())
         self._thread = threading.Thread(target=self._watch, name="pods", daemon=True)
         self._thread.start()
@@ -135,12 +138,12 @@ class Pod:
         """Process 0: who has been silent for too long, or stands still while others get on."""
         now = time.monotonic()
         for index, text in ((int(i), t) for i, t in self._read("alive/").items()):
-            if self._heard.get(index, ("", now))[0] != text:
+            if self._heard[index][0] != text:
                 self._heard[index] = (text, now)
             asked = int(text.split()[1])
             if self._moved.get(index, (-1, now))[0] != asked:
                 self._moved[index] = (asked, now)
-        silent = [i for i, (_, at) in self._heard.items() if now - at > 0.75 * self._heartbeat]
+        silent = self.silent()
         furthest = max((asked for asked, _ in self._moved.values()), default=0)
         behind = [
             i for i, (n, at) in self._moved.items() if n < furthest and now - at > self._stuck
@@ -149,6 +152,11 @@ class Pod:
             self._set("notice/lost", f"nothing was heard from {self._spell(silent)}")
         elif behind:
             self._set("notice/lost", f"{self._spell(behind)} stood still for {self._stuck:.0f} s")
+
+    def silent(self) -> list[int]:
+        """Process 0: the hosts that count as lost, some time before jax itself ends everything."""
+        limit = time.monotonic() - 0.6 * self._heartbeat
+        return [i for i, (_, at) in self._heard.items() if self.index == 0 and at < limit]
 
     def _spell(self, indices: list[int]) -> str:
         first = ", ".join(self.name(index) for index in sorted(indices)[:3])
@@ -161,7 +169,7 @@ class Pod:
         deadline = time.monotonic() + 3 * _TICK
         while self.index == 0 and time.monotonic() < deadline:  # the others hear of it from here
             with contextlib.suppress(RuntimeError):
-                if len(self._read("ended/")) >= self.count:
+                if len(self._read("ended/")) >= self.count - len(self.silent()):
                     break
             time.sleep(_TICK / 5)
         name = "host" if plain else Interrupted.name

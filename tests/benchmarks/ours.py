@@ -5,16 +5,18 @@ Reads commands on stdin, one a line, and answers each with one JSON object on st
 
 import argparse
 import json
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
+from jaxtune import heap
 
-from jaxtune import assemble, setup, sharding
+heap.keep_freed()  # as `jaxtune train` does, before jax starts its threads
+
+import jax  # see above
+import protocol
+
+from jaxtune import aot, assemble, setup, sharding
 from jaxtune.config import Config, freeze
 from jaxtune.data import packing, pipeline
 from jaxtune.step import jit_eval, jit_train
@@ -27,9 +29,11 @@ def main() -> None:
     parser.add_argument("documents")
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--length", type=int, required=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
-    config = _config(args.adapter)
+    config = _config(args.adapter, args.dtype, args.rows, args.length)
     mesh = sharding.make_mesh(config.mesh)
+    config = aot.resolve_remat(config, Path(args.base), mesh)
     jax.set_mesh(mesh)
     assembly = assemble.assemble(config, Path(args.base), mesh)
     program = setup.program(config, assembly, steps=1)
@@ -49,40 +53,31 @@ def main() -> None:
 
     def train() -> dict[str, Any]:
         nonlocal state
-        started, used, terms = time.perf_counter(), _cpu(), []
+        started, used, terms = time.perf_counter(), protocol.processor_seconds(), []
         for batch in batches:
             state, measured = train_step(state, frozen, batch)
             terms.append(measured.loss)
         jax.block_until_ready(state)
-        seconds, used = time.perf_counter() - started, _cpu() - used
+        seconds, used = time.perf_counter() - started, protocol.processor_seconds() - used
         losses = [float(term.total / term.weight) for term in terms]
         return {"seconds": seconds, "cpu": used, "losses": losses}
 
-    commands = {"evaluate": evaluate, "train": train, "first": first}
-    for line in sys.stdin:
-        print(json.dumps(commands[line.strip()]()), flush=True)
+    protocol.serve({"evaluate": evaluate, "train": train, "first": first})
 
 
-def _cpu() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-def _config(adapter: str) -> Config:
+def _config(adapter: str, dtype: str, rows: int, length: int) -> Config:
     settings = json.loads((Path(adapter) / "adapter_config.json").read_text())
     values = Config().to_dict()
-    values["model"] |= {"dtype": "float32", "param_dtype": "float32"}
+    values["model"] |= {"dtype": dtype, "param_dtype": dtype}
     values["lora"] |= {"r": settings["r"], "alpha": float(settings["lora_alpha"]), "init": adapter}
     values["optim"] |= {"lr": 1e-4, "schedule": "constant", "warmup": 0}
+    values["train"]["batch_size"], values["data"]["max_length"] = rows, length
     return freeze(values)
 
 
 def _rows(file: str, length: int) -> packing.Rows:
-    arrays = np.load(file)
-    tokens = np.split(arrays["tokens"], arrays["ends"][:-1])
-    masks = np.split(arrays["mask"], arrays["ends"][:-1])
-    documents = [packing.Example(t, m, "") for t, m in zip(tokens, masks, strict=True)]
-    return packing.pack([documents], length, True)
+    examples = [packing.Example(*document, "") for document in protocol.documents(file)]
+    return packing.pack([examples], length, True)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,10 @@ Reads commands on stdin, one a line, and answers each with one JSON object on st
 """
 
 import argparse
-import json
-import resource
-import sys
 import time
 
 import numpy as np
+import protocol
 import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
@@ -34,7 +32,7 @@ def main() -> None:
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
-    batches = _batches(args.documents, args.rows)
+    batches = [tensors(*batch) for batch in protocol.padded(args.documents, args.rows)]
 
     def step(tokens_BT, attended_BT, labels_BT) -> float:
         loss = model(input_ids=tokens_BT, attention_mask=attended_BT, labels=labels_BT).loss
@@ -54,37 +52,21 @@ def main() -> None:
         return {"loss": total / count}
 
     def train() -> dict:
-        started, used = time.perf_counter(), _cpu()
+        started, used = time.perf_counter(), protocol.processor_seconds()
         losses = [step(*batch) for batch in batches]
-        return {"seconds": time.perf_counter() - started, "cpu": _cpu() - used, "losses": losses}
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "cpu": protocol.processor_seconds() - used, "losses": losses}
 
-    commands = {"evaluate": evaluate, "train": train, "first": lambda: {"loss": step(*batches[0])}}
-    for line in sys.stdin:
-        print(json.dumps(commands[line.strip()]()), flush=True)
+    def first() -> dict:
+        return {"loss": step(*batches[0])}
 
-
-def _cpu() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    protocol.serve({"evaluate": evaluate, "train": train, "first": first})
 
 
-def _batches(file: str, rows: int) -> list[tuple[torch.Tensor, ...]]:
-    """(tokens, attended, labels) of `rows` documents each, padded to the longest of the batch."""
-    arrays = np.load(file)
-    tokens = np.split(arrays["tokens"], arrays["ends"][:-1])
-    masks = np.split(arrays["mask"], arrays["ends"][:-1])
-    batches = []
-    for start in range(0, len(tokens), rows):
-        some = range(start, min(start + rows, len(tokens)))
-        shape = (len(some), max(len(tokens[i]) for i in some))
-        batch = [np.full(shape, fill, np.int64) for fill in (0, 0, IGNORED)]
-        for row, i in enumerate(some):
-            end = len(tokens[i])
-            batch[0][row, :end] = tokens[i]
-            batch[1][row, :end] = 1
-            batch[2][row, :end] = np.where(masks[i], tokens[i], IGNORED)
-        batches.append(tuple(map(torch.from_numpy, batch)))
-    return batches
+def tensors(tokens_BT, attended_BT, mask_BT) -> tuple[torch.Tensor, ...]:
+    """(tokens, attended, labels) as their models take them."""
+    labels_BT = np.where(mask_BT, tokens_BT, IGNORED)
+    return tuple(map(torch.from_numpy, (tokens_BT, attended_BT, labels_BT)))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ Requests that a fault is set for are answered with it; `log` has what was asked.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ class Bucket:
         return self.objects[name]
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(bucket: Bucket) -> Iterator[str]:
     """Serves any bucket name with these objects; yields http://127.0.0.1:PORT."""
     handler = type("Handler", (_Handler,), {"bucket": bucket})
@@ -87,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._media(name, thing)
         return self._json(_about(name, thing))
 
-    do_HEAD = do_GET  # noqa: N815 - the base class looks for this name
+    do_HEAD = do_GET
 
     def do_DELETE(self) -> None:
         path, query, _ = self._read()
@@ -117,12 +117,16 @@ class _Handler(BaseHTTPRequestHandler):
             return self._batch(body)
         if "upload_id" in query:
             return self._chunk(query["upload_id"][0], body)
-        copied = re.fullmatch(r"/storage/v1/b/[^/]+/o/(.+)/(?:rewriteTo|copyTo)/b/[^/]+/o/(.+)", path)
+        copied = re.fullmatch(
+            r"/storage/v1/b/[^/]+/o/(.+)/(?:rewriteTo|copyTo)/b/[^/]+/o/(.+)", path
+        )
         if copied:
             source, target = (unquote(part) for part in copied.groups())
             thing = self.bucket.put(target, self.bucket.objects[source].data)
             about = _about(target, thing)
-            return self._json(about | {"done": True, "resource": about, "kind": "storage#rewriteResponse"})
+            return self._json(
+                about | {"done": True, "resource": about, "kind": "storage#rewriteResponse"}
+            )
         kind = query.get("uploadType", ["media"])[0]
         if kind == "media":
             return self._store(query["name"][0], query, body)
@@ -172,7 +176,10 @@ class _Handler(BaseHTTPRequestHandler):
         data = thing.data
         if name in self.bucket.damage and data:
             data = bytes([data[0] ^ 1]) + data[1:]
-        headers = {"x-goog-generation": str(thing.generation), "x-goog-stored-content-length": str(len(data))}
+        headers = {
+            "x-goog-generation": str(thing.generation),
+            "x-goog-stored-content-length": str(len(data)),
+        }
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None:
             return self._send(200, data, headers)
@@ -213,7 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
             gone = self.bucket.objects.pop(self._name(urlsplit(path).path), None)
             code = "204 No Content" if gone else "404 Not Found"
             answers.append(
-                f"--end\r\nContent-Type: application/http\r\nContent-ID: <response-{number}>\r\n\r\n"
+                f"--end\r\nContent-Type: application/http\r\n"
+                f"Content-ID: <response-{number}>\r\n\r\n"
                 f"HTTP/1.1 {code}\r\nContent-Length: 0\r\n\r\n\r\n"
             )
         text = "".join(answers) + "--end--\r\n"
@@ -229,7 +237,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            with contextlib.suppress(BrokenPipeError):  # the client has what it wanted to know
+                self.wfile.write(body)
 
 
 def _about(name: str, thing: Thing) -> dict[str, Any]:
@@ -251,7 +260,9 @@ def _about(name: str, thing: Thing) -> dict[str, Any]:
 
 def _parts(content_type: str, body: bytes) -> list[bytes]:
     """Bodies of a multipart message, byte for byte."""
-    boundary = BytesParser().parsebytes(f"Content-Type: {content_type}\r\n\r\n".encode()).get_boundary()
+    boundary = (
+        BytesParser().parsebytes(f"Content-Type: {content_type}\r\n\r\n".encode()).get_boundary()
+    )
     pieces = body.split(f"--{boundary}".encode())[1:-1]
     contents = [re.split(rb"\r?\n\r?\n", piece, maxsplit=1)[1] for piece in pieces]
     return [re.sub(rb"\r?\n\Z", b"", content) for content in contents]

@@ -1,0 +1,31 @@
+"""How the C library keeps this process's memory."""
+
+import ctypes
+import os
+from pathlib import Path
+
+# From malloc.h of glibc.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_ACCELERATORS = ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*")  # device files of TPUs and GPUs
+
+
+def keep_freed() -> bool:
+    """Makes freed memory stay with the process, on machines that compute on their processor.
+
+    A step on a CPU asks for its activations anew; from the kernel they come as pages that must be
+    cleared and mapped one by one, which takes an eighth of the step. Threads share one heap then,
+    since others than the first give memory back. To be called before there are threads.
+
+    Returns whether it is so: not beside an accelerator, nor without glibc.
+    """
+    devices = Path("/dev")
+    if os.environ.get("JAX_PLATFORMS") != "cpu" and any(
+        next(devices.glob(pattern), None) for pattern in _ACCELERATORS
+    ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        return False
+    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))  # -1: never
+    done = [mallopt(name, value) for name, value in settings]
+    return all(done)

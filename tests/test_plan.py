@@ -1,0 +1,474 @@
+"""jaxtune plan: what a step costs by count and by compiler, what fits, what is fastest."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jaxtune import aot, assemble, cli, config, estimate, setup, sharding
+from jaxtune.errors import ConfigError, ModelError
+from jaxtune.hf import load
+from jaxtune.models import families
+from jaxtune.plan import command, facts, hlo, report, search, sizes, topologies
+from jaxtune.plan.facts import Facts
+
+GIB = 2**30
+SMALL: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+D, F, Q, K, V, T, B, R = 256, 384, 256, 128, 512, 128, 4, 16
+LAYER = {"qkv": D * (Q + 2 * K), "o": Q * D, "in": 2 * D * F, "down": F * D}
+N = 2 * sum(LAYER.values())
+# Both sides of every adapted matrix of a layer: q, k, v, o, gate, up, down.
+SIDES = (D + Q) + 2 * (D + K) + (Q + D) + 3 * (D + F)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(SMALL))
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def page(folder, monkeypatch) -> Path:
+    """A config file of the small model, and a cache of plans of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+    file = folder.parent / "page.py"
+    file.write_text(
+        "from jaxtune.config import default_config\n"
+        'TOPOLOGY = "v5litepod-1"\n'
+        "def get_config():\n"
+        "    config = default_config()\n"
+        f"    config.model.path = {str(folder)!r}\n"
+        f"    config.data.max_length, config.train.batch_size = {T}, {B}\n"
+        "    config.train.steps = 1000\n"
+        "    return config\n"
+    )
+    return file
+
+
+def _config(folder: Path, **changes: Any) -> config.Config:
+    base = {"model.path": str(folder), "data.max_length": T, "train.batch_size": B}
+    return facts.replaced(config.Config(), base | {"model.remat": "full"} | changes)
+
+
+def _assembled(folder: Path, mesh=None, **changes: Any):
+    settings = _config(folder, **changes)
+    mesh = sharding.make_mesh(settings.mesh, jax.devices()[:1]) if mesh is None else mesh
+    return settings, assemble.assemble(settings, folder, mesh, weights=False), mesh
+
+
+def _flops(folder: Path, **changes: Any) -> estimate.Flops:
+    settings, assembly, _ = _assembled(folder, **changes)
+    return estimate.flops(settings, assembly)
+
+
+def test_a_frozen_matrix_costs_four_and_its_adapter_six(folder):
+    counted = _flops(folder, **{"model.remat": "none"})
+    seen = 4 * (T + 1) / 2 * Q
+    assert counted.projections == 4 * N
+    assert counted.adapters == 2 * 6 * R * SIDES
+    assert counted.attention == 2 * 3.5 * seen
+    assert counted.head == 4 * D * V
+    assert (counted.again, counted.attention_again) == (0, 0)
+
+
+def test_full_fine_tuning_costs_six(folder):
+    counted = _flops(folder, **{"lora.r": 0, "model.remat": "none"})
+    assert (counted.projections, counted.adapters, counted.head) == (6 * N, 0, 6 * D * V)
+
+
+def test_layers_below_the_lowest_adapter_cost_two(folder):
+    counted = _flops(folder, **{"lora.layers_to_transform": (1,), "model.remat": "full"})
+    assert counted.projections == (2 + 4) * N / 2
+    assert counted.adapters == 6 * R * SIDES
+    assert counted.attention == (1 + 3.5) * 4 * (T + 1) / 2 * Q
+    assert counted.attention_again == 4 * (T + 1) / 2 * Q
+
+
+@pytest.mark.parametrize(
+    ("policy", "again", "attention"),
+    [
+        # Nobody asks again for what the last projection gives: it is only added to the stream.
+        ("full", ("qkv", "o", "in"), 1),
+        ("attention", ("o", "in"), 0),
+        ("projections", ("o",), 0),
+    ],
+)
+def test_what_remat_does_again(folder, policy, again, attention):
+    counted = _flops(folder, **{"model.remat": policy, "lora.target_modules": ("q_proj",)})
+    low, high = 2 * R * D, 2 * R * Q
+    both = low + (high if "qkv" in again else 0)
+    assert counted.again == 2 * (2 * sum(LAYER[name] for name in again) + both)
+    assert counted.attention_again == 2 * attention * 4 * (T + 1) / 2 * Q
+
+
+def test_keys_that_a_token_sees(folder):
+    _, assembly, _ = _assembled(folder)
+    window = families.read(SMALL | {"model_type": "mistral", "sliding_window": 3})[1]
+    both_ways = families.read(sizes.shipped()["facebookai/xlm-roberta-base"])[1]
+    assert estimate.keys_seen(assembly.model, 0, 4) == (1 + 2 + 3 + 4) / 4
+    assert estimate.keys_seen(window, 0, 5) == (1 + 2 + 3 + 3 + 3) / 5
+    assert estimate.keys_seen(both_ways, 0, 5) == 5
+
+
+def test_only_the_experts_a_token_visits_count():
+    model = families.read(sizes.shipped()["qwen/qwen3-30b-a3b"])[1]
+    found = estimate.matrices(model, 0)
+    experts = sum(m.size for name, m in found.items() if ".experts." in name)
+    assert experts == 3 * 2048 * 768 * 8
+    active = 48 * sum(m.size for m in found.values()) + 2048 * 151936
+    assert active == pytest.approx(3.0e9, rel=0.02)  # A3B
+
+
+@pytest.mark.parametrize("policy", ["none", "projections", "attention", "full"])
+def test_the_count_is_what_xla_compiles(folder, policy):
+    settings, assembly, mesh = _assembled(folder, **{"model.remat": policy})
+    program = setup.program(settings, assembly, 1)
+    compiled = aot.compile_step(settings, assembly, program, mesh)
+    hidden = ("attention", "vocabulary")
+    counts = hlo.count(compiled.hlo, trips=dict.fromkeys(hidden, 1), apart=hidden)
+    counted = estimate.flops(settings, assembly)
+    wanted = counted.projections + counted.adapters + counted.again
+    assert counts.flops / (B * T) == pytest.approx(wanted, rel=1e-6)
+    assert counts.unknown == {}
+    assert compiled.arguments == estimate.memory(settings, assembly, program, mesh).arguments
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_bytes_of_a_device(folder, shards):
+    settings = _config(folder, **{"mesh.fsdp": shards})
+    mesh = sharding.make_mesh(settings.mesh, jax.devices()[:shards])
+    settings, assembly, _ = _assembled(folder, mesh, **{"mesh.fsdp": shards})
+    found = estimate.memory(settings, assembly, setup.program(settings, assembly, 1), mesh)
+    norms = (2 * 2 + 1) * D
+    scales = 2 * 7 * 4  # alpha / r of each adapter, float32
+    assert found.base == 2 * ((N + 2 * V * D) // shards + norms) + scales
+    assert found.batch == B * T * 5 * 4 // shards  # tokens, targets, segments, positions, ...
+    assert found.optimizer >= 2 * found.adapters
+    assert found.saved == 2 * 2 * B * T * D // shards
+
+
+def test_the_two_ways_in_which_a_tpu_runs_out_of_memory():
+    early = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (186.70G) exceeds available HBM (15.75G)."
+    )
+    late = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G.\n\n"
+        "Largest program allocations in hbm:\n\n"
+        '  1. Size: 512.00M\n     Operator: op_name="jit(f)/dot_general"\n     Shape: bf16[1]\n'
+        "  2. Size: 2.00G\n     Shape: bf16[2]\n"
+    )
+    assert aot.read_out_of_memory(early) == (int(186.70 * GIB), int(15.75 * GIB), ())
+    needed, available, buffers = aot.read_out_of_memory(late)
+    assert (needed, available) == (int(17.5 * GIB), int(15.75 * GIB))
+    assert buffers == ((2 * GIB, "a buffer"), (GIB // 2, "jit(f)/dot_general"))
+    assert aot.read_out_of_memory("INTERNAL: something else") == (0, 0, ())
+
+
+def test_auto_is_full_on_a_cpu_and_others_stay(folder):
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    automatic = _config(folder, **{"model.remat": "auto"})
+    assert aot.resolve_remat(automatic, folder, mesh).model.remat == "full"
+    fixed = _config(folder, **{"model.remat": "attention"})
+    assert aot.resolve_remat(fixed, folder, mesh) is fixed
+
+
+def test_auto_is_the_first_that_fits(folder, monkeypatch):
+    """Policies that cannot fit by what is known exactly are not compiled at all."""
+    topology = topologies.find("v5litepod-1")
+    mesh = facts.mesh_of(_config(folder), topology)
+    compiled = []
+
+    def compile_step(settings, assembly, program, mesh):
+        compiled.append(settings.model.remat)
+        if settings.model.remat != "attention":
+            raise aot.OutOfMemory(2 * GIB, GIB, ())
+        return aot.Compiled(None, 1, 1, 0, 0, 0.0, 0.0)
+
+    monkeypatch.setattr(aot, "compile_step", compile_step)
+    automatic = _config(folder, **{"model.remat": "auto"})
+    assert aot.resolve_remat(automatic, folder, mesh).model.remat == "attention"
+    assert compiled == ["none", "projections", "attention"]
+
+    compiled.clear()
+    settings, assembly, _ = _assembled(folder, **{"model.remat": "none"})
+    least = estimate.memory(settings, assembly, setup.program(settings, assembly, 1), mesh)
+    monkeypatch.setattr(aot, "memory_of", lambda device: least.arguments + least.saved - 1)
+    assert aot.resolve_remat(automatic, folder, mesh).model.remat == "attention"
+    assert compiled == ["projections", "attention"]
+
+
+def test_shipped_sizes_are_models_we_read():
+    wanted = {
+        "meta-llama/Llama-3.1-8B": 8_030_261_248,
+        "meta-llama/Llama-3.1-70B": 70_553_706_496,
+        "Qwen/Qwen3-8B": 8_190_735_360,
+        "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+        "google/gemma-3-12b-it": 11_766_034_176,
+    }
+    shipped = sizes.shipped()
+    assert len(shipped) > 60
+    for hub_id, hf in shipped.items():
+        _, model = families.read(hf)
+        count = sum(math.prod(leaf.shape) for leaf in load.leaves_of(model).values())
+        known = {name.lower(): size for name, size in wanted.items()}.get(hub_id)
+        assert known in (None, count), hub_id
+
+
+def test_where_a_config_is_looked_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sizes, "_from_hub", lambda path: asked.append(path) or '{"from": "hub"}')
+    (tmp_path / "config.json").write_text('{"from": "folder"}')
+    with sizes.folder_of(str(tmp_path)) as found:
+        assert json.loads((found / "config.json").read_text()) == {"from": "folder"}
+    with sizes.folder_of("Meta-Llama/llama-3.1-8b") as found:
+        assert json.loads((found / "config.json").read_text())["hidden_size"] == 4096
+    assert asked == []
+    with sizes.folder_of("someone/unknown") as found:
+        assert json.loads((found / "config.json").read_text()) == {"from": "hub"}
+    assert asked == ["someone/unknown"]
+
+
+def test_a_model_that_is_nowhere():
+    with pytest.raises(ModelError, match="does not exist"), sizes.folder_of("./not-here"):
+        pass
+    with pytest.raises(ConfigError, match=r"model\.path is empty"), sizes.folder_of(""):
+        pass
+
+
+def _facts(needed: int, available: int = 16 * GIB, **changes: Any) -> Facts:
+    values: dict[str, Any] = {
+        "fits": needed <= available,
+        "needed": needed,
+        "available": available,
+        "buffers": ((GIB, "lm_head.embedding"), (GIB // 2, "a"), (GIB // 4, "b")),
+        "arguments": GIB,
+        "temporaries": needed - GIB,
+        "parts": {"base": GIB // 2, "adapters": 0, "optimizer": GIB // 4, "batch": 0},
+        "flops": 1.97e14,  # a second of a v5e
+        "flops_a_token": {"projections": 4.0, "again": 2.0},
+        "hbm": 4.1e11,
+        "ici": {"all-gather": 2e10},
+        "dcn": {},
+        "unknown": (),
+        "tokens": 1000,
+        "seconds": 1.0,
+    }
+    return Facts(**(values | changes))
+
+
+def test_a_plan_is_kept_and_recalled(folder, page, monkeypatch):
+    made = []
+
+    def make(settings, where, topology):
+        made.append(settings.model.remat)
+        return _facts(2 * GIB)
+
+    monkeypatch.setattr(facts, "_compile", make)
+    one, topology = _config(folder), topologies.find("v5litepod-8")
+    first = facts.facts(one, folder, topology)
+    again = facts.facts(one, folder, topology)
+    assert again._replace(buffers=(), unknown=()) == first._replace(buffers=(), unknown=())
+    assert made == ["full"]
+    # What does not change the program asks for nothing new; what does, does.
+    facts.facts(facts.replaced(one, {"optim.lr": 1e-5, "data.train": "x"}), folder, topology)
+    assert len(made) == 1
+    facts.facts(_config(folder, **{"lora.r": 8}), folder, topology)
+    facts.facts(one, folder, topologies.find("v6e-8"))
+    facts.facts(one, folder, topologies.find("2xv5litepod-8"))
+    assert len(made) == 4
+    for kept in facts.cache_folder().glob("*.json"):
+        kept.write_text(kept.read_text()[:40])
+    assert facts.facts(one, folder, topology).needed == 2 * GIB
+    assert len(made) == 5
+    for kept in facts.cache_folder().glob("*.json"):
+        kept.write_text('{"fits": true}')
+    assert facts.facts(one, folder, topology).needed == 2 * GIB
+    assert len(made) == 6
+
+
+def test_floors_of_a_step():
+    topology = topologies.find("v5litepod-8")
+    assert report.floors(topology, _facts(GIB)) == pytest.approx(
+        {"compute": 1.0, "hbm": 0.5, "ici": 0.1, "dcn": 0.0}
+    )
+    settings = facts.replaced(config.Config(), {"train.steps": 7200})
+    result = report.summary(settings, topology, _facts(2 * GIB), price=2.0)
+    assert result["bound_by"] == "compute"
+    assert result["tokens_per_second_at_most"] == 1000
+    assert result["hours_at_least"] == pytest.approx(2.0)
+    assert result["cost_at_least"] == pytest.approx(2.0 * 8 * 2.0)
+    assert result["memory_per_chip_gib"] == 2.0
+    assert sum(result["parts_gib"].values()) == pytest.approx(16.0)
+    assert result["flops_per_token"] == 6.0
+
+
+def test_two_devices_a_chip_are_added_up():
+    result = report.summary(config.Config(), topologies.find("tpu7x-8"), _facts(2 * GIB))
+    assert (result["chips"], result["devices"]) == (4, 8)
+    assert result["memory_per_chip_gib"] == 4.0
+    assert result["available_per_chip_gib"] == 32.0
+    # Twice the bytes of a device over the links of a chip.
+    assert result["floor_seconds"]["ici"] == pytest.approx(2 * 2e10 / 600e9)
+
+
+def test_hours_from_the_lines_of_a_file(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n\n' * 100)
+    changes = {"data.train": str(rows), "train.epochs": 3.0, "train.batch_size": 8}
+    settings = facts.replaced(config.Config(), changes | {"data.packing": False})
+    assert report.steps_of(settings) == (38, False)
+    assert report.steps_of(facts.replaced(settings, {"data.packing": True})) == (38, True)
+    assert report.steps_of(facts.replaced(settings, {"data.train": "a/hub-id"})) == (None, False)
+    assert report.steps_of(facts.replaced(settings, {"train.steps": 5})) == (5, False)
+
+
+class Compiler:
+    """Stands in for the compiler: memory and time by rule, and a record of what was asked."""
+
+    def __init__(self, available: int, needed, seconds=lambda settings: 1.0):
+        self.available, self.needed, self.seconds = available, needed, seconds
+        self.asked: list[config.Config] = []
+
+    def __call__(self, settings, folder, topology):
+        self.asked.append(settings)
+        return _facts(self.needed(settings), self.available, flops=1.97e14 * self.seconds(settings))
+
+
+def _watch(done: int, all_: int, text: str) -> None:
+    assert 0 <= done <= all_
+    assert not text.startswith("None")
+
+
+ROOM = {"none": 40, "projections": 30, "attention": 20, "full": 10, "offload": 8}
+
+
+def _needs(settings: config.Config) -> int:
+    """GiB: activations by policy, shared by micro-batches; the base by shards and bits."""
+    base = {"none": 16, "int8": 8, "nf4": 4}[settings.model.quantize]
+    shards = 8 if settings.mesh.fsdp == -1 else settings.mesh.fsdp
+    return GIB * (base // shards + ROOM[settings.model.remat] // settings.train.grad_accum)
+
+
+def test_the_search_compiles_what_may_be_best_and_stops(folder, monkeypatch):
+    slower = {"none": 1.0, "projections": 1.1, "attention": 1.3, "full": 1.5, "offload": 2.0}
+    compiler = Compiler(16 * GIB, _needs, lambda s: slower[s.model.remat])
+    monkeypatch.setattr(search, "facts", compiler)
+    topology = topologies.find("v5litepod-8")
+    settings = _config(folder, **{"train.batch_size": 32})
+    found = search.search(settings, folder, topology, _watch)
+    assert [f.seconds for f in found] == sorted(f.seconds for f in found)
+    assert all(_needs(f.point.config) <= 16 * GIB for f in found)
+    fitting = [slower[s.model.remat] for s in compiler.asked if _needs(s) <= 16 * GIB]
+    assert found[0].seconds == pytest.approx(min(fitting))
+    assert len(compiler.asked) < 40
+    # Nothing is compiled that needs at least what has already failed.
+    for number, later in enumerate(compiler.asked):
+        for earlier in compiler.asked[:number]:
+            if _needs(earlier) > 16 * GIB and earlier.mesh == later.mesh:
+                same = earlier.model.quantize == later.model.quantize
+                fewer = later.train.grad_accum <= earlier.train.grad_accum
+                heavier = ROOM[later.model.remat] >= ROOM[earlier.model.remat]
+                assert not (same and fewer and heavier)
+
+
+def test_a_search_ends_with_its_time(folder, monkeypatch):
+    compiler = Compiler(16 * GIB, _needs)
+    monkeypatch.setattr(search, "facts", compiler)
+    search.search(_config(folder), folder, topologies.find("v5litepod-8"), _watch, seconds=-1.0)
+    assert compiler.asked == []
+
+
+def test_meshes_fill_the_slice(folder):
+    settings = _config(folder)
+    found = [*search.meshes(settings, topologies.find("2xv5litepod-16"), experts=False)]
+    assert all(math.prod(mesh.values()) == 16 for mesh in found)
+    assert {"mesh.data": 16, "mesh.fsdp": 1, "mesh.expert": 1, "mesh.tensor": 1} in found
+    assert {"mesh.data": 2, "mesh.fsdp": 4, "mesh.expert": 1, "mesh.tensor": 2} in found
+    experts = [*search.meshes(settings, topologies.find("v5litepod-8"), experts=True)]
+    assert {"mesh.data": 1, "mesh.fsdp": 1, "mesh.expert": 8, "mesh.tensor": 1} in experts
+
+
+def test_the_nearest_setting_is_the_smallest_change(folder, monkeypatch):
+    topology = topologies.find("v5litepod-8")
+    settings = _config(folder, **{"model.remat": "none", "train.batch_size": 32})
+    monkeypatch.setattr(search, "facts", Compiler(16 * GIB, _needs))
+    near = search.nearest(settings, folder, topology, _watch)
+    assert near is not None
+    assert near[0] == {"model.remat": "full"}
+    # Where activations are not what is too large, another base is.
+    large = Compiler(7 * GIB, lambda s: (1 if s.model.quantize == "int8" else 9) * GIB)
+    monkeypatch.setattr(search, "facts", large)
+    monkeypatch.setattr(search, "_bases", lambda config: ["none", "int8"])
+    near = search.nearest(settings, folder, topology, _watch, most=20)
+    assert near is not None
+    assert near[0] == {"model.quantize": "int8"}
+
+
+def test_what_does_not_fit_is_one_line_and_code_2(page, monkeypatch, capsys):
+    monkeypatch.setattr(command, "facts", lambda *args: _facts(20 * GIB))
+    monkeypatch.setattr(
+        command, "nearest", lambda *args: ({"train.grad_accum": 4}, _facts(10 * GIB))
+    )
+    assert cli.main(["plan", f"--config={page}", "--config.model.remat=full", "--json"]) == 2
+    out, err = capsys.readouterr()
+    last = err.strip().splitlines()[-1]
+    assert "needs 20.00 GiB of a v5litepod-1 chip's 16.00" in last
+    assert "lm_head.embedding 1.00, a 0.50, b 0.25 GiB" in last
+    assert last.endswith("try: --config.train.grad_accum=4 (compiled: 10.00 GiB)")
+    assert json.loads(out)["fits"] is False
+    monkeypatch.setattr(command, "nearest", lambda *args: None)
+    assert cli.main(["plan", f"--config={page}", "--config.model.remat=full"]) == 2
+    assert "try: more chips" in capsys.readouterr().err
+
+
+def test_the_verb_asks_for_what_it_lacks(page, capsys):
+    page.write_text(page.read_text().replace('TOPOLOGY = "v5litepod-1"\n', ""))
+    assert cli.main(["plan", f"--config={page}"]) == 2
+    assert "no topology to plan for" in capsys.readouterr().err
+    assert cli.main(["plan", f"--config={page}", "--topology=v5e-3"]) == 2
+    assert "did you mean v5e" in capsys.readouterr().err
+    assert cli.main(["plan"]) == 2
+    assert "no config file" in capsys.readouterr().err
+
+
+def test_a_plan_by_the_tpu_compiler(page, capsys):
+    """The whole verb on a small model: the compiler's own numbers, and the page."""
+    flags = [f"--config={page}", "--config.model.remat=full", "--price=1.2"]
+    assert cli.main(["plan", *flags, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["topology"] == "v5litepod-1"
+    assert result["fits"] is True
+    assert result["available_per_chip_gib"] == 15.75
+    assert result["flops_per_token_hlo"] == pytest.approx(result["flops_per_token"], rel=1e-3)
+    assert result["loops_counted_once"] == []
+    assert 0 < result["memory_per_chip_gib"] < 0.1
+    assert sum(result["parts_gib"].values()) == pytest.approx(15.75)
+    assert result["collective_bytes"] == {}
+    assert result["step_seconds_floor"] == max(result["floor_seconds"].values())
+    assert cli.main(["plan", *flags]) == 0  # recalled
+    out, _ = capsys.readouterr()
+    for words in ("memory of a chip", "base (frozen)", "fits", "tokens/s, at most", "not meas"):
+        assert words in out
