@@ -6,6 +6,8 @@ encoders (XLM-R, ModernBERT, BERT, ...) or causal models; one without a head get
 
 from jaxtune.config import default_config
 
+TOPOLOGY = "v5litepod-1"  # for `jaxtune plan`; enough for an encoder
+
 
 def get_config():
     config = default_config()

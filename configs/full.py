@@ -2,6 +2,8 @@
 
 from jaxtune.config import default_config
 
+TOPOLOGY = "v5litepod-8"  # for `jaxtune plan`; enough for 3 billion parameters
+
 
 def get_config():
     config = default_config()

@@ -6,6 +6,8 @@ jaxtune train --config=configs/quickstart.py --workdir=quickstart/run
 
 from jaxtune.config import default_config
 
+TOPOLOGY = "v5litepod-1"  # for `jaxtune plan`; a laptop is enough
+
 
 def get_config():
     config = default_config()

@@ -6,6 +6,7 @@ devices that are not here (`jaxtune plan`).
 
 import dataclasses
 import math
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -177,7 +178,7 @@ def memory_of(device: Any) -> int:
 def resolve_remat(config: Config, folder: Path, mesh: Mesh) -> Config:
     """model.remat=auto becomes the policy that recomputes least and fits; others come back as is.
 
-    On a CPU that is "full", which is also the fastest there: activations stay in the caches.
+    On a CPU nothing is compiled for it: what is kept may take a quarter of the machine's memory.
 
     Args:
       folder: of the base; its config.json is all that is read.
@@ -186,10 +187,11 @@ def resolve_remat(config: Config, folder: Path, mesh: Mesh) -> Config:
     """
     if config.model.remat != "auto":
         return config
+    candidates = remat_candidates(config, folder, mesh)
     if mesh.devices.flat[0].platform == "cpu":
-        return with_remat(config, "full")
+        return next(candidates)
     tried: OutOfMemory | None = None
-    for candidate in remat_candidates(config, folder, mesh):
+    for candidate in candidates:
         assembly = assemble.assemble(candidate, folder, mesh, weights=False)
         try:
             compiled = compile_step(
@@ -209,14 +211,22 @@ def resolve_remat(config: Config, folder: Path, mesh: Mesh) -> Config:
 
 def remat_candidates(config: Config, folder: Path, mesh: Mesh) -> Iterator[Config]:
     """What model.remat=auto may be, from the fastest on, without those that cannot fit."""
-    available = memory_of(own_device(mesh))
-    for policy in REMAT:
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    policies = [policy for policy in REMAT if not (on_cpu and policy == "offload")]
+    available = _cpu_share() if on_cpu else memory_of(own_device(mesh))
+    for policy in policies:
         candidate = with_remat(config, policy)
         assembly = assemble.assemble(candidate, folder, mesh, weights=False)
         program = setup.program(candidate, assembly, steps=1)
         least = estimate.memory(candidate, assembly, program, mesh)
-        if policy == [*REMAT][-1] or least.arguments + least.saved <= (available or math.inf):
+        if policy == policies[-1] or least.arguments + least.saved <= (available or math.inf):
             yield candidate
+
+
+def _cpu_share() -> int:
+    """Bytes that training may take of this machine's memory for each of its CPU devices."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // (4 * jax.local_device_count())
 
 
 def with_remat(config: Config, policy: str) -> Config:

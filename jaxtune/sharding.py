@@ -73,6 +73,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """The kind of its devices, such as "TPU v5 lite"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.local_devices()[0].device_kind if device is None else device.device_kind
+
+
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """Logical axes -> PartitionSpec; a mesh axis is used once, and only on a dim it divides."""
     taken: set[str] = set()

@@ -290,12 +290,13 @@ def test_saved_by_name_it_is_not_computed_again(name, walks):
 
 def test_which_form():
     rules = module.Rules(SCALE, 0.0, True)
-    tpu = attention_module.Case("tpu", "", jnp.bfloat16, 128, 1000, 1, rules, (0, 512))
+    tpu = attention_module.Case("tpu", "TPU v5", "", jnp.bfloat16, 128, 1000, 1, rules, (0, 512))
     assert attention_module.chosen(tpu) == "splash"
     assert attention_module.chosen(tpu._replace(windows=())) == "blockwise"  # unknown ones
     assert attention_module.chosen(tpu._replace(shards=4)) == "blockwise"  # 250 is no whole block
     assert attention_module.chosen(tpu._replace(shards=4, length=1024)) == "splash"
     assert attention_module.chosen(tpu._replace(platform="cpu")) == "blockwise"
+    assert attention_module.chosen(tpu._replace(kind="TPU v3")) == "blockwise"
     gpu = tpu._replace(platform="gpu", capability="9.0", windows=(0,))
     assert attention_module.chosen(gpu) == "cudnn"
     assert attention_module.chosen(gpu._replace(shards=4, length=1024)) == "blockwise"

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from jaxtune import sharding, tree
 from jaxtune.config import MeshConfig
 from jaxtune.errors import ModelError
-from jaxtune.hf import files, load
+from jaxtune.hf import files, load, place
 from jaxtune.models.decoder import Decoder
 from tests import tiny
 
@@ -136,7 +136,7 @@ def test_large_tensors_are_turned_and_cast_piece_by_piece(
     tmp_path, monkeypatch, stored, wanted, mesh
 ):
     """Pieces of 4 KB, the last of which reaches back over the one before it."""
-    monkeypatch.setattr(load, "_CHUNK", 4096)
+    monkeypatch.setattr(place, "_CHUNK", 4096)
     sizes = {"vocab_size": 72, "hidden_size": 64, "intermediate_size": 88}
     folder = tiny.write(tmp_path, **sizes)
     rewrite(folder, lambda t: t.update({n: a.astype(jnp.dtype(stored)) for n, a in t.items()}))

@@ -16,7 +16,7 @@ from jaxtune.lora import Spec
 from jaxtune.models.adapter import Adapter, column_lengths, low_rank
 from jaxtune.models.blocks import Experts
 from jaxtune.models.decoder import Decoder, DecoderConfig
-from jaxtune.models.layers import Dropout
+from jaxtune.models.layers import Dropout, Linear
 from tests import tiny
 
 MODULES = {
@@ -243,50 +243,52 @@ def test_every_expert_has_an_adapter_of_its_own():
 
 
 def _dora(dtype=jnp.float32) -> tuple[Any, jax.Array, jax.Array]:
-    """An adapter of [24, 10] with random leaves, its kernel and inputs."""
+    """A projection [24, 10] whose adapter has random leaves, its kernel and inputs."""
     keys = iter(jax.random.split(jax.random.key(0), 5))
     rngs = nnx.Rngs(0)
     adapter: Any = Adapter(3, (24, 10), (None, None), 0.7, 0, stack=(), rngs=rngs, dora=True)
     adapter.B[...] = jax.random.normal(next(keys), (3, 10))
     adapter.magnitude[...] = 1 + jax.random.uniform(next(keys), (10,))
+    linear: Any = Linear((24, 10), (None, None), bias=False, stack=(), rngs=rngs, dtype=dtype)
     kernel = jax.random.normal(next(keys), (24, 10)).astype(dtype)
-    return adapter, kernel, jax.random.normal(next(keys), (2, 5, 24)).astype(dtype)
+    linear.kernel[...], linear.lora = kernel, adapter
+    return linear, kernel, jax.random.normal(next(keys), (2, 5, 24)).astype(dtype)
 
 
 def test_dora_is_the_rescaled_sum():
-    adapter, kernel, x = _dora()
-    whole = kernel + 0.7 * adapter.A[...] @ adapter.B[...]
-    whole = whole * adapter.magnitude[...] / jnp.linalg.norm(whole, axis=0)
-    np.testing.assert_allclose(adapter(x, x @ kernel, kernel, None), x @ whole, atol=1e-4)
+    linear, kernel, x = _dora()
+    whole = kernel + 0.7 * linear.lora.A[...] @ linear.lora.B[...]
+    whole = whole * linear.lora.magnitude[...] / jnp.linalg.norm(whole, axis=0)
+    np.testing.assert_allclose(linear(x), x @ whole, atol=1e-4)
 
 
 def test_dropout_of_dora_takes_the_rescaled_kernels_input_too():
     # peft: W x + (m / |V| - 1) W drop(x) + m / |V| scale B A drop(x)
-    adapter, kernel, x = _dora()
+    linear, kernel, x = _dora()
     dropout = Dropout(jnp.float32(0.4), jax.random.key(3))
-    b = 0.7 * adapter.B[...]
-    ratio = adapter.magnitude[...] / jnp.linalg.norm(kernel + adapter.A[...] @ b, axis=0)
+    b = 0.7 * linear.lora.B[...]
+    ratio = linear.lora.magnitude[...] / jnp.linalg.norm(kernel + linear.lora.A[...] @ b, axis=0)
     mask = jax.random.bernoulli(jax.random.fold_in(dropout.key, 0), 0.6, x.shape)
     less = jnp.where(mask, x / 0.6, 0)
-    wanted = x @ kernel + (ratio - 1) * (less @ kernel) + ratio * (less @ adapter.A[...] @ b)
-    np.testing.assert_allclose(adapter(x, x @ kernel, kernel, dropout), wanted, atol=1e-4)
+    wanted = x @ kernel + (ratio - 1) * (less @ kernel) + ratio * (less @ linear.lora.A[...] @ b)
+    np.testing.assert_allclose(linear(x, dropout), wanted, atol=1e-4)
 
 
 def test_gradients_of_dora_take_the_length_for_a_constant():
-    adapter, kernel, x = _dora()
-    graphdef, params = tree.split(adapter)
+    linear, kernel, x = _dora()
+    graphdef, params = tree.split(linear)
 
     def loss(params):
-        return jnp.sum(jnp.sin(tree.merge(graphdef, params)(x, x @ kernel, kernel, None)))
+        return jnp.sum(jnp.sin(tree.merge(graphdef, params)(x)))
 
-    length = jnp.linalg.norm(kernel + 0.7 * params["A"] @ params["B"], axis=0)
+    length = jnp.linalg.norm(kernel + 0.7 * params["lora.A"] @ params["lora.B"], axis=0)
 
     def plain(params):
-        whole = kernel + params["scale"] * params["A"] @ params["B"]
-        return jnp.sum(jnp.sin(x @ whole * params["magnitude"] / length))
+        whole = kernel + params["lora.scale"] * params["lora.A"] @ params["lora.B"]
+        return jnp.sum(jnp.sin(x @ whole * params["lora.magnitude"] / length))
 
     found, wanted = jax.grad(loss)(params), jax.grad(plain)(params)
-    for name in ("A", "B", "magnitude"):
+    for name in ("lora.A", "lora.B", "lora.magnitude"):
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-3, atol=1e-3)
 
 
@@ -305,24 +307,23 @@ def test_lengths_are_exact_to_float32(dtype):
 
 
 def test_a_small_change_of_magnitude_is_not_lost_in_bfloat16():
-    adapter, kernel, _ = _dora(jnp.bfloat16)
+    linear, kernel, _ = _dora(jnp.bfloat16)
     x = jax.random.normal(jax.random.key(9), (8, 64, 24)).astype(jnp.bfloat16)
-    before = x @ kernel
-    lengths = column_lengths(kernel, adapter.A[...], 0.7 * adapter.B[...])
+    lengths = column_lengths(kernel, linear.lora.A[...], 0.7 * linear.lora.B[...])
     found = []
     for factor in (1.0, 1.001):  # a bfloat16 near 1 has steps of 0.0039 and 0.0078
-        adapter.magnitude[...] = lengths * factor
-        found.append(adapter(x, before, kernel, None))
+        linear.lora.magnitude[...] = lengths * factor
+        found.append(linear(x))
     same, moved = (np.asarray(y, np.float64) for y in found)
     assert found[0].dtype == jnp.bfloat16
     assert 0.0007 < np.sum((moved - same) * same) / np.sum(same * same) < 0.0013
 
 
 def test_at_the_start_dora_is_the_base():
-    adapter, kernel, x = _dora(jnp.bfloat16)
-    adapter.B[...] *= 0
-    adapter.magnitude[...] = jnp.linalg.norm(kernel.astype(jnp.float32), axis=0)
-    np.testing.assert_array_equal(adapter(x, x @ kernel, kernel, None), x @ kernel)
+    linear, kernel, x = _dora(jnp.bfloat16)
+    linear.lora.B[...] *= 0
+    linear.lora.magnitude[...] = jnp.linalg.norm(kernel.astype(jnp.float32), axis=0)
+    np.testing.assert_array_equal(linear(x), x @ kernel)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -187,9 +187,11 @@ def test_the_two_ways_in_which_a_tpu_runs_out_of_memory():
     assert aot.read_out_of_memory("INTERNAL: something else") == (0, 0, ())
 
 
-def test_auto_is_full_on_a_cpu_and_others_stay(folder):
+def test_auto_on_a_cpu_keeps_what_the_machine_has_room_for(folder, monkeypatch):
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     automatic = _config(folder, **{"model.remat": "auto"})
+    assert aot.resolve_remat(automatic, folder, mesh).model.remat == "none"
+    monkeypatch.setattr(aot, "_cpu_share", lambda: 0)
     assert aot.resolve_remat(automatic, folder, mesh).model.remat == "full"
     fixed = _config(folder, **{"model.remat": "attention"})
     assert aot.resolve_remat(fixed, folder, mesh) is fixed

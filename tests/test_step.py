@@ -116,7 +116,9 @@ def test_each_policy_keeps_less_than_the_one_before():
             return tree.merge(graphdef, params).hidden(tokens_BT).sum()
 
         compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     order = ["none", "projections", "attention", "full"]
     found = [temporaries(remat) for remat in order]

@@ -66,6 +66,7 @@ def attention(
     spans = _spans(length, shards, causal)
     case = Case(
         sharding.platform(),
+        sharding.device_kind(),
         _capability(),
         q_BTNH.dtype,
         q_BTNH.shape[3],
@@ -93,10 +94,14 @@ def _on_devices(local, mesh, q_BTNH, k_BSKH, axis: str | None, extra_specs):
     return jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)
 
 
+_NO_SPLASH = ("TPU v2", "TPU v3")  # Mosaic has no bfloat16 products for them
+
+
 class Case(NamedTuple):
     """What decides which form of attention a program has."""
 
     platform: str
+    kind: str  # of the device
     capability: str  # of an NVIDIA GPU
     dtype: Any
     width: int  # of a head
@@ -110,7 +115,7 @@ def chosen(case: Case) -> str:
     """The form for this case: "splash", "cudnn" or "blockwise"."""
     # Splash is built for each window there is, and a part of a row ends where its lanes end.
     whole = case.shards == 1 or case.length % (case.shards * 128) == 0
-    if case.platform == "tpu" and case.windows and whole:
+    if case.platform == "tpu" and case.kind not in _NO_SPLASH and case.windows and whole:
         return "splash"
     fits = cudnn.applies(case.capability, case.dtype, case.width, case.rules, case.windows)
     if case.platform == "gpu" and case.shards == 1 and fits:

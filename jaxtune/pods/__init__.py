@@ -194,6 +194,7 @@ def check_shared(folder: str | os.PathLike[str]) -> None:
     seen = pod.exchange(str(int(_appears(token, word))))
     if pod.index == 0:
         token.unlink()
+    pod.exchange("")  # nobody goes on while it is there
     blind = [index for index, text in enumerate(seen) if text != "1"]
     if blind:
         raise ConfigError(

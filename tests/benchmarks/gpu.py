@@ -129,10 +129,11 @@ def peft(size: str, rows: int, length: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flash = importlib.util.find_spec("flash_attn") is not None and device.type == "cuda"
     attention = "flash_attention_2" if flash else "sdpa"
-    settings = LlamaConfig(**config_of(size, length) | {"attn_implementation": attention})
+    settings = config_of(size, length)
+    settings["attn_implementation"] = attention
     torch.set_default_dtype(torch.bfloat16)
     with device:
-        model = LlamaForCausalLM(settings)
+        model = LlamaForCausalLM(LlamaConfig(**settings))
     model.config.use_cache = False
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
