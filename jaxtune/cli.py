@@ -224,6 +224,8 @@ def _plan(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]
     os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
     from jaxtune.plan import command
 
+    if args.price is not None and not args.price >= 0:
+        raise ConfigError(f"--price is {args.price:g}", fix="what a chip costs an hour, 0 or more")
     topology = args.topology or command.stated_topology(args.config)
     run = command.plan_search if args.search else command.plan
     try:
@@ -241,7 +243,8 @@ def _doctor(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, An
     from jaxtune import doctor
 
     lines = doctor.examine()
-    doctor.show(lines)
+    if not args.json:
+        doctor.show(lines)
     try:
         doctor.require_sound(lines)
     except ConfigError:

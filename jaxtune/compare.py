@@ -134,7 +134,7 @@ def _open(path: str, other: str) -> Side:
 
 
 def _run(path: str) -> Side:
-    run = open_run(path)
+    run = open_run(path, quantized=False)  # exports are of the checkpoint's own weights
     rows, config = run.assembly.family, run.assembly.model
     leaves = jax.device_get(run.changes)
     tensors = by_canonical_name(merged(run.assembly.folder, rows, config, leaves), rows, config)

@@ -1,6 +1,7 @@
 """What people see while something runs: lines and bars on stderr; stdout is for results."""
 
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -29,11 +30,12 @@ def bar(task: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], N
     Into a file or a pipe it prints a line every tenth of the way instead.
     """
     if not sys.stderr.isatty():
-        marks = {done + (total - done) * i // 10 for i in range(1, 11)}
+        marks = sorted({done + (total - done) * i // 10 for i in range(1, 11)})
 
         def line(step: int, text: str) -> None:
-            if step in marks:
+            if marks and step >= marks[0]:
                 say(f"{task} {step}/{total}  {text}")
+                del marks[: bisect_right(marks, step)]
 
         yield line
         return

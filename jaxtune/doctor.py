@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
 from rich.table import Table
 
 from jaxtune import __version__, flags
-from jaxtune.console import stderr
 from jaxtune.errors import ConfigError
 from jaxtune.pods import cluster
 
@@ -70,12 +70,12 @@ def examine(environment: Mapping[str, str] | None = None) -> list[Line]:
 
 
 def show(lines: list[Line]) -> None:
-    """The lines as a table on stderr."""
+    """The lines as a table on stdout."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for line in lines:
         text = f"{line.text}; try: {line.fix}" if line.fix else line.text
         table.add_row(f"[{_STYLES[line.state]}]{line.state}[/]", line.name, text)
-    stderr.print(table)
+    Console(highlight=False, soft_wrap=True).print(table)
 
 
 def require_sound(lines: list[Line]) -> None:

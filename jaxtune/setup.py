@@ -1,6 +1,7 @@
 """What a run starts from: its program, first state, frozen weights, and batches in place."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from jaxtune.assemble import Assembly
 from jaxtune.config import Config
 from jaxtune.console import say
 from jaxtune.data.labels import Form
-from jaxtune.data.packing import Batch
+from jaxtune.data.packing import WIDTH_MULTIPLE, Batch
 from jaxtune.errors import ConfigError
 from jaxtune.hf import adapter, files
 from jaxtune.kernels import quantize
@@ -41,6 +42,24 @@ def within_positions(config: Config, model: LayerConfig) -> Config:
     )
     data = dataclasses.replace(config.data, max_length=model.max_position)
     return dataclasses.replace(config, data=data)
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError where the mesh does not cut rows and their tokens evenly."""
+    rows = config.train.batch_size // config.train.grad_accum
+    devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+    if rows % devices:
+        raise ConfigError(
+            f"train.batch_size {config.train.batch_size} / train.grad_accum "
+            f"{config.train.grad_accum} = {rows} rows do not divide over {devices} devices",
+            fix=f"a batch_size that is a multiple of {devices * config.train.grad_accum}",
+        )
+    parts, length = mesh.shape[sharding.CONTEXT], config.data.max_length
+    if parts > 1 and (length % WIDTH_MULTIPLE or WIDTH_MULTIPLE % parts):
+        raise ConfigError(
+            f"rows of data.max_length {length} are not cut evenly by mesh.context {parts}",
+            fix=f"mesh.context of 2, 4 or 8, and a max_length that is a multiple of {128 * parts}",
+        )
 
 
 def form(folder: Path, model: LayerConfig) -> Form:

@@ -38,7 +38,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {name: getattr(config, name) for name in AXES}
-    sizes["slices"] = sizes["slices"] or len({getattr(d, "slice_index", 0) for d in devices})
+    found = len({getattr(d, "slice_index", 0) for d in devices})
+    if devices[0].platform == "tpu" and sizes["slices"] not in (0, found):
+        raise ConfigError(
+            f"mesh.slices is {sizes['slices']} and the hardware has {found}",
+            fix=f"mesh.slices=0, which takes what there is, or mesh.data={sizes['slices']}",
+        )
+    sizes["slices"] = sizes["slices"] or found
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(free) == 1 and known > 0:

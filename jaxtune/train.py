@@ -21,7 +21,7 @@ from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
 from jaxtune.console import bar, say
 from jaxtune.data import pipeline
-from jaxtune.data.packing import WIDTH_MULTIPLE, Batch, Rows, digest
+from jaxtune.data.packing import Batch, Rows, digest
 from jaxtune.errors import Cancelled, ConfigError, Interrupted, NumericsError, StorageError
 from jaxtune.hf import files, tokenizer
 from jaxtune.scoring import evaluate
@@ -169,7 +169,7 @@ def prepare(config: Config, workdir: Path) -> Ready:
     metrics.require_wandb(config.train.wandb)
     folder = files.resolve(config.model.path)
     mesh = sharding.make_mesh(config.mesh)
-    _check_batch(config, mesh)
+    setup.check_batch(config, mesh)
     assembly = assemble.assemble(config, folder, mesh)
     config = setup.within_positions(config, assembly.model)
     tokens = tokenizer.load_tokenizer(str(folder), assembly.model.vocab_size)
@@ -315,23 +315,6 @@ def _finish(config, workdir: Path, ready: Ready, progress: Progress, step: int, 
 def _stopped(stop: Stop, step: int, workdir: Path) -> Cancelled | Interrupted:
     kind = Cancelled if stop.by_user else Interrupted
     return kind(f"stopped and saved at step {step} in {workdir}", fix="the same command to go on")
-
-
-def _check_batch(config: Config, mesh: Mesh) -> None:
-    rows = config.train.batch_size // config.train.grad_accum
-    devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
-    if rows % devices:
-        raise ConfigError(
-            f"train.batch_size {config.train.batch_size} / train.grad_accum "
-            f"{config.train.grad_accum} = {rows} rows do not divide over {devices} devices",
-            fix=f"a batch_size that is a multiple of {devices * config.train.grad_accum}",
-        )
-    parts, length = mesh.shape[sharding.CONTEXT], config.data.max_length
-    if parts > 1 and (length % WIDTH_MULTIPLE or WIDTH_MULTIPLE % parts):
-        raise ConfigError(
-            f"rows of data.max_length {length} are not cut evenly by mesh.context {parts}",
-            fix=f"mesh.context of 2, 4 or 8, and a max_length that is a multiple of {128 * parts}",
-        )
 
 
 def _fingerprint(config: Config, folder: Path, train: Rows, evals: Rows | None, steps: int):

@@ -57,8 +57,10 @@ class Tuned(NamedTuple):
         return tree.merge(self.program.graphdef, {**self.frozen, **leaves})
 
 
-def open_run(workdir: str | Path, step: int | None = None) -> Tuned:
+def open_run(workdir: str | Path, step: int | None = None, *, quantized: bool = True) -> Tuned:
     """The model of a workdir at `step`, by default the best evaluated, else the newest.
+
+    Without `quantized` a quantised base is as the checkpoint has it, which is what exports hold.
 
     Raises:
       ConfigError: no run in that folder.
@@ -67,6 +69,9 @@ def open_run(workdir: str | Path, step: int | None = None) -> Tuned:
     workdir = bucket.folder(workdir)
     with bucket.reaching(workdir):
         config = setup.read_config(workdir)
+    if not quantized:
+        model = dataclasses.replace(config.model, quantize="none")
+        config = dataclasses.replace(config, model=model)
     folder = files.resolve(config.model.path)
     mesh = _mesh(config)
     assembly = assemble.assemble(config, folder, mesh)

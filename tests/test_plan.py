@@ -191,7 +191,7 @@ def test_auto_on_a_cpu_keeps_what_the_machine_has_room_for(folder, monkeypatch):
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     automatic = _config(folder, **{"model.remat": "auto"})
     assert aot.resolve_remat(automatic, folder, mesh).model.remat == "none"
-    monkeypatch.setattr(aot, "_cpu_share", lambda: 0)
+    monkeypatch.setattr(aot, "_cpu_share", lambda: 1)
     assert aot.resolve_remat(automatic, folder, mesh).model.remat == "full"
     fixed = _config(folder, **{"model.remat": "attention"})
     assert aot.resolve_remat(fixed, folder, mesh) is fixed
@@ -474,3 +474,8 @@ def test_a_plan_by_the_tpu_compiler(page, capsys):
     out, _ = capsys.readouterr()
     for words in ("memory of a chip", "base (frozen)", "fits", "tokens/s, at most", "not meas"):
         assert words in out
+
+
+def test_what_a_run_would_refuse_is_refused_before_compiling(folder):
+    with pytest.raises(ConfigError, match="6 rows do not divide over 4 devices"):
+        command.plan(_config(folder, **{"train.batch_size": 6}), "v5litepod-4")

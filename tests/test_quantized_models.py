@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
-from jaxtune import assemble, config, setup, sharding, step, tree, tuned
+from jaxtune import assemble, compare, config, setup, sharding, step, tree, tuned
 from jaxtune.config import MeshConfig
 from jaxtune.data import pipeline
 from jaxtune.data.packing import Batch
@@ -266,6 +266,7 @@ def test_a_run_learns_on_it_and_scores_write_and_export(run, bases, tmp_path, ca
     assert len(tuned.generate(workdir, ["1 then"], max_new_tokens=3)) == 1
     tuned.export(workdir, tmp_path / "hf", format="hf")
     assert "trained on nf4 weights, merged into those of" in capsys.readouterr().err
+    assert compare.verify(str(tmp_path / "hf"), str(workdir))["logits"]["alike"]
     tuned.export(workdir, tmp_path / "peft", format="peft")
     merged, base = (load_file(f / "model.safetensors") for f in (tmp_path / "hf", bases["llama"]))
     opened = tuned.open_run(workdir)

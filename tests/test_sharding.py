@@ -70,3 +70,11 @@ def test_the_platform_is_that_of_the_mesh():
     assert sharding.platform() == "cpu"
     with jax.set_mesh(sharding.make_mesh(MeshConfig())):
         assert jax.jit(lambda: sharding.platform() == "cpu")()
+
+
+def test_slices_that_the_hardware_does_not_have_are_refused():
+    class Chip:
+        platform, slice_index = "tpu", 0
+
+    with pytest.raises(ConfigError, match=r"mesh\.slices is 2 and the hardware has 1"):
+        sharding.make_mesh(MeshConfig(slices=2), [Chip()] * 4)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jaxtune import aot
+from jaxtune import aot, setup
 from jaxtune.config import Config
 from jaxtune.console import bar, say
 from jaxtune.errors import ConfigError
@@ -61,6 +61,7 @@ def plan(config: Config, name: str, *, price: float | None = None) -> dict[str, 
         cannot be read.
     """
     topology = topologies.find(name)
+    setup.check_batch(config, mesh_of(config, topology))  # what the run would refuse
     with folder_of(config.model.path) as folder:
         say(f"compiling for {topology.name} ({topology.raw}); a minute or two the first time")
         settled, found = _settle(config, folder, topology)
@@ -98,6 +99,7 @@ def plan_search(config: Config, name: str, *, price: float | None = None) -> dic
       ConfigError: nothing that was compiled fits.
     """
     topology = topologies.find(name)
+    say(f"weighing layouts for {topology.name}, then compiling the best of them; some minutes")
     with folder_of(config.model.path) as folder, bar("searching", 100) as tell:
         found = search(
             config, folder, topology, lambda done, all_, text: tell(100 * done // all_, text)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from jaxtune.aot import GIB
 from jaxtune.config import Config
+from jaxtune.console import say
 from jaxtune.plan.facts import Facts
 from jaxtune.plan.topologies import Topology
 
@@ -117,6 +118,8 @@ def steps_of(config: Config) -> tuple[int | None, bool]:
         return None, False
     file = Path(source).expanduser()
     if not file.is_file():
+        if "://" not in source:
+            say(f"{source} is not here, so hours are for 1,000 steps")
         return None, False
     with file.open("rb") as lines:
         count = sum(1 for line in lines if line.strip())
