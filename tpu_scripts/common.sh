@@ -49,6 +49,12 @@ take_common() {
       usage
       exit 0
       ;;
+    --*[!a-z-]*) die 2 "unknown option $(quote "$1")" "tpu_scripts/$VERB --help" ;;
+    --?*)
+      # As gcloud also takes it: --zone ZONE.
+      if usage | grep -q -e "$1="; then die 2 "$1 has no value" "$1=VALUE"; fi
+      die 2 "unknown option $1" "tpu_scripts/$VERB --help"
+      ;;
     -*) die 2 "unknown option $(quote "$1")" "tpu_scripts/$VERB --help" ;;
     *)
       [ -z "$NAME" ] || die 2 "two names, $(quote "$NAME") and $(quote "$1")" "tpu_scripts/$VERB --help"

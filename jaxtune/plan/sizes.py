@@ -54,6 +54,6 @@ def _from_hub(path: str) -> str:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{path!r} is no folder here, not in the shipped table, and the hub did not give its "
-            f"config.json: {str(error)[:150]}",
+            f"config.json: {str(error).splitlines()[0]}",
             fix="a folder with its config.json, or check the id, the network and `hf auth login`",
         ) from error

@@ -133,6 +133,12 @@ def test_wrong_usage_is_one_line_and_runs_nothing(cloud: Cloud, verb: str, words
     assert cloud.calls() == []
 
 
+def test_an_option_apart_from_its_value_is_told_how_to_be_written(cloud: Cloud):
+    result = cloud.run("create", "mine", "--zone", "us-east5-a")
+    assert result.stderr == "create: error: --zone has no value; try: --zone=VALUE\n"
+    assert result.returncode == 2
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_dry_run_prints_commands_and_runs_none(cloud: Cloud, verb: str):
     result = cloud.run(verb, "mine", ZONE, "--dry-run", *FULL[verb])
