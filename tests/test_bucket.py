@@ -14,6 +14,7 @@ if importlib.util.find_spec("gcsfs") is None:
 from jaxtune import bucket, pods
 from jaxtune.checkpoint import MANIFEST, Checkpoints, restore, steps
 from jaxtune.errors import ConfigError, DataError, Interrupted, ModelError, StorageError
+from jaxtune.plan import sizes
 from jaxtune.train import fit
 from tests.faults import bucket_server
 from tests.faults.saver import abstract, state_of
@@ -186,3 +187,12 @@ def test_a_run_in_a_bucket_stops_resumes_and_ends_as_one_on_a_disk(
 def _stop(stop, now: bool) -> bool:
     stop.agreed = now
     return now
+
+
+def test_a_plan_reads_nothing_but_the_sizes_of_a_model(things):
+    things.put("models/tiny/config.json", b'{"model_type": "llama"}')
+    things.put("models/tiny/model.safetensors", bytes(64))
+    with sizes.folder_of("gs://any/models/tiny") as folder:
+        assert [file.name for file in folder.iterdir()] == ["config.json"]
+        assert (folder / "config.json").read_text() == '{"model_type": "llama"}'
+    assert downloads(things) == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from jaxtune import bucket
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.hf import files
 
@@ -16,7 +17,7 @@ _TABLE = Path(__file__).parents[1] / "models" / "sizes.json"
 
 @contextmanager
 def folder_of(path: str) -> Iterator[Path]:
-    """A folder with the config.json of a local folder, or of a hub id.
+    """A folder with the config.json of a local folder, a bucket's folder, or of a hub id.
 
     Raises:
       ConfigError: no path.
@@ -24,6 +25,9 @@ def folder_of(path: str) -> Iterator[Path]:
     """
     if not path:
         raise ConfigError("model.path is empty", fix="--config.model.path=FOLDER_OR_HUB_ID")
+    if bucket.is_bucket(path):
+        yield bucket.local(path, ModelError, ("config.json",))
+        return
     local = Path(path).expanduser()
     if local.is_dir():
         yield local
