@@ -4,7 +4,6 @@ The step is lowered by the code that the run uses, from shapes alone, so it may 
 devices that are not here (`jaxtune plan`).
 """
 
-import dataclasses
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxtune import assemble, estimate, setup
 from jaxtune.assemble import Assembly
-from jaxtune.config import Config
+from jaxtune.config import Config, replaced
 from jaxtune.console import say
 from jaxtune.errors import ConfigError
 from jaxtune.models.stacks import REMAT
@@ -215,7 +214,7 @@ def remat_candidates(config: Config, folder: Path, mesh: Mesh) -> Iterator[Confi
     policies = [policy for policy in REMAT if not (on_cpu and policy == "offload")]
     available = _cpu_share() if on_cpu else memory_of(own_device(mesh))
     for policy in policies:
-        candidate = with_remat(config, policy)
+        candidate = replaced(config, {"model.remat": policy})
         assembly = assemble.assemble(candidate, folder, mesh, weights=False)
         program = setup.program(candidate, assembly, steps=1)
         least = estimate.memory(candidate, assembly, program, mesh)
@@ -227,9 +226,3 @@ def _cpu_share() -> int:
     """Bytes that training may take of this machine's memory for each of its CPU devices."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return machine // (4 * jax.local_device_count())
-
-
-def with_remat(config: Config, policy: str) -> Config:
-    """The config with another model.remat."""
-    model: Any = dataclasses.replace(config.model, remat=policy)  # type: ignore[arg-type]  # one of REMAT
-    return dataclasses.replace(config, model=model)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
+from jaxtune import flags
 from jaxtune.console import say
 from jaxtune.errors import ConfigError, Failure, StorageError
 
@@ -84,7 +85,7 @@ def local(path: str, failure: type[Failure], only: Sequence[str] = ("*",)) -> Pa
     if not wanted:
         raise failure(f"{path} does not exist, or holds nothing that is wanted", fix=_HELP)
     seal = hashlib.sha256("\n".join(map(str, sorted(wanted))).encode()).hexdigest()[:16]
-    root = _caches() / "buckets" / inside.replace("/", "--") / seal
+    root = flags.caches(os.environ) / "buckets" / inside.replace("/", "--") / seal
     start = inside.rsplit("/", 1)[0] if alone else inside
     places = {o: root / o.name.removeprefix(start).lstrip("/") for o in wanted}
     if any(".." in place.relative_to(root).parts for place in places.values()):
@@ -253,10 +254,6 @@ def _filesystem() -> Any:
 def _describe(about: dict[str, Any]) -> _Object:
     sums = (about.get("crc32c") or "", about.get("md5Hash") or "")
     return _Object(about["name"], int(about["size"]), *sums)
-
-
-def _caches() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune"
 
 
 def _brief(error: BaseException) -> str:

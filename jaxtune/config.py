@@ -12,6 +12,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -173,6 +174,26 @@ def freeze(values: dict[str, Any]) -> Config:
     config = _freeze(values, Config, "")
     _check_values(config)
     return config
+
+
+def replaced(config: Config, changes: dict[str, Any]) -> Config:
+    """The config with dotted settings changed, {"train.grad_accum": 2}."""
+    for key, value in changes.items():
+        group, name = key.split(".")
+        part = dataclasses.replace(getattr(config, group), **{name: value})
+        config = dataclasses.replace(config, **{group: part})
+    return config
+
+
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= dotted(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def _freeze(values: Any, annotation: Any, path: str) -> Any:

@@ -91,6 +91,11 @@ def libtpu_arguments(generation: str, given: str = "") -> str:
     return " ".join([*given.split(), *ours])
 
 
+def caches(environment: Mapping[str, str]) -> Path:
+    """Where all that can be made again is kept."""
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune"
+
+
 def defaults(
     environment: Mapping[str, str], chips: Chips, *, gpu: bool, libtpu: bool = False
 ) -> dict[str, str]:
@@ -98,12 +103,11 @@ def defaults(
 
     LIBTPU_INIT_ARGS alone is extended. `libtpu` says that it is installed.
     """
-    caches = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     wanted = {
         # On a CPU host and device share the cores: overlapping them only adds threads.
         "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
         # A second start compiles nothing: 6 s of processor time instead of 14 on a tiny model.
-        "JAX_COMPILATION_CACHE_DIR": str(caches / "jaxtune" / "jax"),
+        "JAX_COMPILATION_CACHE_DIR": str(caches(environment) / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }

@@ -64,8 +64,9 @@ def check_batch(config: Config, mesh: Mesh) -> None:
 
 def form(folder: Path, model: LayerConfig) -> Form:
     """How the model wants rows with a class, and the classes its checkpoint knows."""
-    hf = files.read_json(folder / "config.json")
-    known = families.base_labels(hf) if model.num_labels else ()
+    known: tuple[str, ...] = ()
+    if model.num_labels:
+        known = families.base_labels(files.read_json(folder / "config.json"))
     if isinstance(model, EncoderConfig):
         return Form("first", model.typed_pairs, known)
     return Form("last", False, known)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from jaxtune import assemble, bucket, checkpoint, decoding, pods, setup, sharding, tree
 from jaxtune.assemble import Assembly
-from jaxtune.config import Config, MeshConfig
+from jaxtune.config import Config, MeshConfig, replaced
 from jaxtune.console import say, stderr
 from jaxtune.data import audit, pipeline, templates
 from jaxtune.errors import ConfigError, StorageError
@@ -70,8 +70,7 @@ def open_run(workdir: str | Path, step: int | None = None, *, quantized: bool = 
     with bucket.reaching(workdir):
         config = setup.read_config(workdir)
     if not quantized:
-        model = dataclasses.replace(config.model, quantize="none")
-        config = dataclasses.replace(config, model=model)
+        config = replaced(config, {"model.quantize": "none"})
     folder = files.resolve(config.model.path)
     mesh = _mesh(config)
     assembly = assemble.assemble(config, folder, mesh)

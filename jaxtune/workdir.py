@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune import pods
+from jaxtune.config import dotted
 from jaxtune.errors import ConfigError, StorageError
 
 _DIGEST = re.compile(r'"[0-9a-f]{64}"')
@@ -73,7 +74,7 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
       ConfigError: names every field that differs, with both values.
     """
-    old, new = _dotted(json.loads(json.dumps(saved))), _dotted(json.loads(json.dumps(now)))
+    old, new = dotted(json.loads(json.dumps(saved))), dotted(json.loads(json.dumps(now)))
     differ = [
         f"{name} was {_show(old, name)}, is now {_show(new, name)}"
         for name in sorted(old.keys() | new.keys())
@@ -84,17 +85,6 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
             f"the checkpoints here are of another run: {'; '.join(differ)}",
             fix="the old values again, or another --workdir (lora.init=ADAPTER goes on there)",
         )
-
-
-def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _dotted(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _show(values: dict[str, Any], name: str) -> str:

@@ -68,7 +68,7 @@ def page(folder, monkeypatch) -> Path:
 
 def _config(folder: Path, **changes: Any) -> config.Config:
     base = {"model.path": str(folder), "data.max_length": T, "train.batch_size": B}
-    return facts.replaced(config.Config(), base | {"model.remat": "full"} | changes)
+    return config.replaced(config.Config(), base | {"model.remat": "full"} | changes)
 
 
 def _assembled(folder: Path, mesh=None, **changes: Any):
@@ -295,7 +295,7 @@ def test_a_plan_is_kept_and_recalled(folder, page, monkeypatch):
     assert again._replace(buffers=(), unknown=()) == first._replace(buffers=(), unknown=())
     assert made == ["full"]
     # What does not change the program asks for nothing new; what does, does.
-    facts.facts(facts.replaced(one, {"optim.lr": 1e-5, "data.train": "x"}), folder, topology)
+    facts.facts(config.replaced(one, {"optim.lr": 1e-5, "data.train": "x"}), folder, topology)
     assert len(made) == 1
     facts.facts(_config(folder, **{"lora.r": 8}), folder, topology)
     facts.facts(one, folder, topologies.find("v6e-8"))
@@ -316,7 +316,7 @@ def test_floors_of_a_step():
     assert report.floors(topology, _facts(GIB)) == pytest.approx(
         {"compute": 1.0, "hbm": 0.5, "ici": 0.1, "dcn": 0.0}
     )
-    settings = facts.replaced(config.Config(), {"train.steps": 7200})
+    settings = config.replaced(config.Config(), {"train.steps": 7200})
     result = report.summary(settings, topology, _facts(2 * GIB), price=2.0)
     assert result["bound_by"] == "compute"
     assert result["tokens_per_second_at_most"] == 1000
@@ -340,11 +340,11 @@ def test_hours_from_the_lines_of_a_file(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a"}\n\n' * 100)
     changes = {"data.train": str(rows), "train.epochs": 3.0, "train.batch_size": 8}
-    settings = facts.replaced(config.Config(), changes | {"data.packing": False})
+    settings = config.replaced(config.Config(), changes | {"data.packing": False})
     assert report.steps_of(settings) == (38, False)
-    assert report.steps_of(facts.replaced(settings, {"data.packing": True})) == (38, True)
-    assert report.steps_of(facts.replaced(settings, {"data.train": "a/hub-id"})) == (None, False)
-    assert report.steps_of(facts.replaced(settings, {"train.steps": 5})) == (5, False)
+    assert report.steps_of(config.replaced(settings, {"data.packing": True})) == (38, True)
+    assert report.steps_of(config.replaced(settings, {"data.train": "a/hub-id"})) == (None, False)
+    assert report.steps_of(config.replaced(settings, {"train.steps": 5})) == (5, False)
 
 
 class Compiler:

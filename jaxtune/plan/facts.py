@@ -4,7 +4,6 @@ The key is everything the answer follows from: settings that change the program,
 config.json, the topology, XLA's flags, the versions of jax and libtpu, and our own source.
 """
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -78,8 +77,7 @@ def facts(config: Config, folder: Path, topology: Topology) -> Facts:
 
 def cache_folder() -> Path:
     """Where plans are kept, beside jax's own cache."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "jaxtune" / "plan"
+    return flags.caches(os.environ) / "plan"
 
 
 def mesh_of(config: Config, topology: Topology) -> jax.sharding.Mesh:
@@ -176,12 +174,3 @@ def _source() -> str:
         if not name.startswith(_SHOWS):
             digest.update(name.encode() + file.read_bytes())
     return digest.hexdigest()
-
-
-def replaced(config: Config, changes: dict[str, Any]) -> Config:
-    """The config with dotted settings changed, {"train.grad_accum": 2}."""
-    for key, value in changes.items():
-        group, name = key.split(".")
-        part = dataclasses.replace(getattr(config, group), **{name: value})
-        config = dataclasses.replace(config, **{group: part})
-    return config

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 from jaxtune import aot, assemble, estimate, setup, sharding
 from jaxtune.assemble import Assembly
-from jaxtune.config import Config
+from jaxtune.config import Config, replaced
 from jaxtune.errors import ConfigError
 from jaxtune.models.stacks import REMAT
-from jaxtune.plan.facts import Facts, facts, mesh_of, replaced
+from jaxtune.plan.facts import Facts, facts, mesh_of
 from jaxtune.plan.report import floors
 from jaxtune.plan.topologies import Topology
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtune.config import dotted
 from jaxtune.console import stderr
 from jaxtune.errors import ConfigError, Failure, Interrupted
 from jaxtune.pods import cluster
@@ -160,7 +161,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     pod = _current()
     if pod is None:
         return
-    mine = json.dumps(_flat({**values, "machine": _machine()}), sort_keys=True)
+    mine = json.dumps(dotted({**values, "machine": _machine()}), sort_keys=True)
     seals = pod.exchange(hashlib.sha256(mine.encode()).hexdigest())
     odd = [index for index, seal in enumerate(seals) if seal != seals[0]]
     if not odd:
@@ -263,17 +264,6 @@ def _appears(file: Path, text: str) -> bool:
                 return True
         time.sleep(0.5)
     return False
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _show(value: Any) -> str:
