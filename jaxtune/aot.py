@@ -116,15 +116,37 @@ def compile_step(
 
 
 def largest(config: Config, assembly: Assembly, program: Program, mesh: Mesh) -> tuple[Buffer, ...]:
-    """What takes most memory of a device, by name, largest first: leaves and kept activations."""
+    """What takes most memory of a device, by name, largest first, counted and not compiled.
+
+    Of buffers as large as each other those of different kinds come first: what is made anew, what
+    is trained or frozen, what the optimizer keeps.
+    """
     state, frozen, _ = setup.abstract_inputs(config, assembly, program, mesh)
-    found = [
-        Buffer(estimate.leaf_bytes(leaf), path)
-        for path, leaf in {**frozen, **state.trainable}.items()
+    leaves = {**frozen, **state.trainable}
+    kinds = [
+        estimate.temporaries(config, assembly, mesh),
+        {path: estimate.leaf_bytes(leaf) for path, leaf in leaves.items()},
+        _moments(state.opt_state),
     ]
-    kept = estimate.saved_by_name(config, assembly, mesh)
-    found += [Buffer(size, f"{name} of all layers") for name, size in kept.items()]
-    return tuple(sorted(found, reverse=True)[:8])
+    ranked = []
+    for order, sizes in enumerate(kinds):
+        descending = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+        seen: dict[int, int] = {}
+        for name, size in descending:
+            ranked.append((-size, seen.get(size, 0), order, name))
+            seen[size] = seen.get(size, 0) + 1
+    return tuple(Buffer(-size, name) for size, _, _, name in sorted(ranked)[:8])
+
+
+def _moments(opt_state: Any) -> dict[str, int]:
+    """{"mu of PATH": bytes on one device} of what an optimizer keeps for each trained leaf."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        names = [getattr(key, "name", None) or getattr(key, "key", None) for key in path]
+        words = [name for name in names if isinstance(name, str)]
+        if len(words) > 1 and leaf.ndim:
+            found[f"{words[-2]} of {words[-1]}"] = estimate.leaf_bytes(leaf)
+    return found
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -212,7 +234,7 @@ def remat_candidates(config: Config, folder: Path, mesh: Mesh) -> Iterator[Confi
     """What model.remat=auto may be, from the fastest on, without those that cannot fit."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     policies = [policy for policy in REMAT if not (on_cpu and policy == "offload")]
-    available = _cpu_share() if on_cpu else memory_of(own_device(mesh))
+    available = cpu_share() if on_cpu else memory_of(own_device(mesh))
     for policy in policies:
         candidate = replaced(config, {"model.remat": policy})
         assembly = assemble.assemble(candidate, folder, mesh, weights=False)
@@ -222,7 +244,7 @@ def remat_candidates(config: Config, folder: Path, mesh: Mesh) -> Iterator[Confi
             yield candidate
 
 
-def _cpu_share() -> int:
+def cpu_share() -> int:
     """Bytes that training may take of this machine's memory for each of its CPU devices."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return machine // (4 * jax.local_device_count())

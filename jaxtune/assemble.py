@@ -1,7 +1,7 @@
 """From a config to a model in its place: its leaves, who trains them, where they live."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,18 @@ class Assembly:
         }
 
 
-def assemble(config: Config, folder: Path, mesh: Mesh, *, weights: bool = True) -> Assembly:
+def assemble(
+    config: Config,
+    folder: Path,
+    mesh: Mesh,
+    *,
+    weights: bool = True,
+    targets: Mapping[str, Spec] | None = None,
+) -> Assembly:
     """Decides everything about a run's parameters before one of them is read.
 
     Without `weights` the folder has a config.json alone, and a classifier's head counts as new.
+    With `targets` the projections of these paths get adapters, whatever the config says.
 
     Raises:
       ConfigError: targets or rules that match nothing, or nothing frozen to be quantised.
@@ -70,7 +78,10 @@ def assemble(config: Config, folder: Path, mesh: Mesh, *, weights: bool = True) 
     else:
         new = frozenset(path for path in leaves if _is_head(family, model, path))
     heads = tuple(path for path in leaves if path in new or _is_head(family, model, path))
-    targets, labels = _decide(config, family, leaves, heads)
+    modules = _modules(family, leaves)
+    if targets is None:
+        targets = lora.targets(config.lora, modules, _projections(heads))
+    labels = _labels(config, family, leaves, heads, targets)
 
     def signature(layer: int):
         prefix = f"layers.{layer}."
@@ -81,7 +92,7 @@ def assemble(config: Config, folder: Path, mesh: Mesh, *, weights: bool = True) 
         return model.kind(layer), own, adapters
 
     runs = tree.stacks(model.num_layers, signature)
-    abstract = nnx.eval_shape(lambda: _build(config, model, targets, runs))
+    abstract = nnx.eval_shape(lambda: _build(config, model, targets, runs, config.train.seed))
     quantized = _quantize(config, abstract, labels, mesh)
     labels |= {
         f"{single}_scale": optim.FROZEN for path in quantized for single in tree.layer_paths(path)
@@ -98,20 +109,41 @@ def assemble(config: Config, folder: Path, mesh: Mesh, *, weights: bool = True) 
         for path, shape in shapes.items()
     }
     seed = config.train.seed
-    return Assembly(folder, family, model, graphdef, shapes, groups, targets, new, seed, quantized)
+    return Assembly(
+        folder, family, model, graphdef, shapes, groups, dict(targets), new, seed, quantized
+    )
+
+
+def targets(config: Config, family: Family, model: LayerConfig) -> dict[str, Spec]:
+    """Rank and scale of the projections that get an adapter, {path of one layer's: spec}."""
+    leaves = load.leaves_of(model)
+    heads = tuple(path for path in leaves if _is_head(family, model, path))
+    return lora.targets(config.lora, _modules(family, leaves), _projections(heads))
 
 
 def fresh(config: Config, assembly: Assembly) -> dict[str, jax.Array]:
     """New adapters and heads, placed; B is zero, so the model equals its base exactly."""
     wanted = {path: s for path, s in assembly.shapes.items() if _is_fresh(assembly, path)}
+    # Only these are asked for, so the compiler never makes the base.
+    init = jax.jit(
+        initialiser(config, assembly),
+        out_shardings={path: s.sharding for path, s in wanted.items()},
+    )
+    return init(assembly.seed)
+
+
+def initialiser(
+    config: Config, assembly: Assembly
+) -> Callable[[int | jax.Array], dict[str, jax.Array]]:
+    """Seed -> new adapters and heads, for jit; a traced seed will do."""
+    wanted = {path: s for path, s in assembly.shapes.items() if _is_fresh(assembly, path)}
     runs = _stacks_of(assembly)
 
-    def init() -> dict[str, jax.Array]:
-        leaves = tree.split(_build(config, assembly.model, assembly.targets, runs))[1]
+    def init(seed: int | jax.Array) -> dict[str, jax.Array]:
+        leaves = tree.split(_build(config, assembly.model, assembly.targets, runs, seed))[1]
         return {path: leaves[path].astype(s.dtype) for path, s in wanted.items()}
 
-    # Only these are asked for, so the compiler never makes the base.
-    return jax.jit(init, out_shardings={path: s.sharding for path, s in wanted.items()})()
+    return init
 
 
 def base(assembly: Assembly) -> dict[str, jax.Array]:
@@ -189,25 +221,42 @@ def _is_head(family: Family, model: LayerConfig, path: str) -> bool:
     return head and in_classifier(family.tensor(path))
 
 
-def _decide(config: Config, family: Family, leaves: Mapping[str, Any], heads: tuple[str, ...]):
-    """-> (rank and scale of targeted modules, {path of one layer's leaf: group}), adapters too."""
+def _modules(family: Family, leaves: Mapping[str, Any]) -> dict[str, str]:
+    """{path of one layer's projection: its Hugging Face name}"""
     paths = [single for path in leaves for single in tree.layer_paths(path)]
-    modules = {
+    return {
         path.removesuffix(".kernel"): family.module(path)
         for path in paths
         if path.endswith(".kernel")
     }
-    never = {path.removesuffix(".kernel") for path in heads}
-    targets = lora.targets(config.lora, modules, never)
+
+
+def _projections(heads: tuple[str, ...]) -> set[str]:
+    return {path.removesuffix(".kernel") for path in heads}
+
+
+def _labels(
+    config: Config,
+    family: Family,
+    leaves: Mapping[str, Any],
+    heads: tuple[str, ...],
+    targets: Mapping[str, Spec],
+) -> dict[str, str]:
+    """{path of one layer's leaf: group}, adapters too."""
+    paths = [single for path in leaves for single in tree.layer_paths(path)]
     parts = ("A", "B", "scale", "magnitude") if config.lora.use_dora else ("A", "B", "scale")
     adapters = [f"{module}.lora.{leaf}" for module in sorted(targets) for leaf in parts]
     names = {path: family.tensor(path) for path in paths}
     everyone = [*paths, *adapters]
-    return targets, optim.labels(everyone, config.lora, config.optim, heads=heads, names=names)
+    return optim.labels(everyone, config.lora, config.optim, heads=heads, names=names)
 
 
-def _build(config: Config, model: LayerConfig, targets: Mapping[str, Spec], stacks) -> nnx.Module:
-    rngs = nnx.Rngs(config.train.seed)
+def _build(
+    config: Config, model: LayerConfig, targets: Mapping[str, Spec], stacks, seed: Any
+) -> nnx.Module:
+    # Adapters draw from a stream of their own, wherever the layers are cut into stacks.
+    key = jax.random.key(seed)
+    rngs = nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1))
     module = load.module_of(model)(
         model,
         rngs=rngs,

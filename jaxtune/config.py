@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxtune import budget
 from jaxtune.errors import ConfigError
 
 if typing.TYPE_CHECKING:
@@ -76,7 +77,10 @@ class TrainConfig:
     epochs: float = 3.0  # used when steps is 0
     batch_size: int = 16  # rows a step over all devices
     grad_accum: int = 1  # micro-batches a step; each has batch_size / grad_accum rows
+    # "8h", "64 chip-hours" or "500M tokens": fewer steps where there is no time for all of them
+    budget: str = ""
     seed: int = 0
+    label_smoothing: float = 0.0  # arXiv 1512.00567, in training only: scores are without
     log_every: int = 10  # steps between lines of metrics.jsonl
     tensorboard: bool = True
     wandb: str = ""  # Weights & Biases project; empty is off
@@ -110,8 +114,40 @@ class CheckpointConfig:
     best: bool = True  # also keep the one with the lowest evaluation loss
 
 
+# What may differ between the trials of a sweep that train in one program.
+VARIES = (
+    "optim.lr", "optim.weight_decay", "optim.b1", "optim.b2", "optim.eps", "optim.warmup",
+    "optim.clip_norm", "optim.end_ratio", "optim.schedule",
+    "lora.r", "lora.alpha", "lora.dropout", "lora.plus_ratio", "lora.use_rslora",
+    "lora.target_modules", "lora.layers_to_transform",
+    "train.seed", "train.batch_size", "train.epochs", "train.steps", "train.label_smoothing",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """`jaxtune sweep`; a plain training does not look at it."""
+
+    # {"optim.lr": log(1e-5, 3e-3), "lora.r": choice(4, 8, 16)}; empty is the default space
+    space: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    trials: int = 16  # 0: as many as the budget has room for
+    sampler: str = "tpe"  # or random, grid, or a sampler class by name, "package.module.Class"
+    budget: str = ""  # of the whole search, "24h", "64 chip-hours", "500M tokens"; empty: none
+    rungs: int = 3  # how often trials are compared, the end of the training included
+    eta: int = 4  # one in eta goes on to the next rung, which is eta times as long
+    population: int = 0  # trials trained at once; 0 is as many as fit and pay
+    data_fraction: float = 1.0  # training rows that all but the finalists see
+    max_length: int = 0  # tokens a row for all but the finalists; 0 is data.max_length
+    finalists: int = 1  # trials trained to the end
+    repeats: int = 3  # seeds that winner and defaults are trained with to tell gain from noise
+    storage: str = ""  # database URL or journal file of the study; empty is sweep.db in the workdir
+    prior: tuple[str, ...] = ()  # storages of earlier studies to learn from
+    seed: int = 0  # of the sampler
+
+
 @dataclass(frozen=True)
 class MeshConfig:
+    trial: int = 1  # parts of a sweep's population; no collective crosses them
     slices: int = 0  # TPU slices joined by a slower network, a copy of the model each; 0: as found
     data: int = 1  # copies of the model
     fsdp: int = -1  # shards of weights and batch; -1 is all remaining devices
@@ -130,6 +166,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,8 +179,25 @@ def default_config() -> Any:
     from ml_collections import ConfigDict
 
     # Types are checked in `freeze`, where unions are known; ConfigDict would refuse tuple for str.
-    config = ConfigDict(Config().to_dict(), type_safe=False)
-    return config.lock()
+    values = Config().to_dict()
+    # sweep.space is a dict whose keys have dots in them, which ConfigDict would make fields of.
+    values["sweep"] = ConfigDict(values["sweep"], type_safe=False, convert_dict=False)
+    return ConfigDict(values, type_safe=False).lock()
+
+
+def log(low: float, high: float) -> tuple[Any, ...]:
+    """Of sweep.space: any number between the two, each factor as likely as another."""
+    return ("log", low, high)
+
+
+def uniform(low: float, high: float) -> tuple[Any, ...]:
+    """Of sweep.space: any number between the two."""
+    return ("uniform", low, high)
+
+
+def choice(*values: Any) -> tuple[Any, ...]:
+    """Of sweep.space: one of these."""
+    return ("choice", *values)
 
 
 def load(file: str, overrides: dict[str, str]) -> Config:
@@ -253,6 +307,8 @@ def _coerce(value: Any, annotation: Any, path: str) -> Any:
                 return _coerce(value, option, path)
             except ConfigError:
                 continue
+    elif origin is tuple and isinstance(value, dict):
+        return _coerce(tuple(value.items()), annotation, path)  # of settings that are pairs
     elif origin is tuple and isinstance(value, (list, tuple)):
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         if len(kinds) == len(value):
@@ -316,6 +372,11 @@ def _run_config_file(file: str) -> "ConfigDict":
 
 def _check_values(config: Config) -> None:
     """Values no type can rule out."""
+    for key, text in {
+        "train.budget": config.train.budget,
+        "sweep.budget": config.sweep.budget,
+    }.items():
+        budget.parse(text, key)
     positive = {
         "data.max_length": config.data.max_length,
         "train.batch_size": config.train.batch_size,

@@ -92,10 +92,13 @@ def targets(
 
 def insert(model: Model, chosen: Mapping[str, Spec], lora: LoraConfig, rngs: nnx.Rngs) -> Model:
     """Gives every chosen projection an adapter; the layers of a stack must agree about it."""
+    key = rngs.lora()  # the same for all: salt and layer tell them apart
     for path, module in nnx.iter_modules(model):
         if not isinstance(module, Linear):
             continue
         name = ".".join(map(str, path))
+        layers = tree.layer_range(name)
+        in_layer = name if layers is None else name.split(".", 2)[2]
         specs = {chosen.get(single) for single in tree.layer_paths(name)}
         assert len(specs) == 1, f"{name} holds layers with different adapters"
         own = specs.pop()
@@ -105,9 +108,10 @@ def insert(model: Model, chosen: Mapping[str, Spec], lora: LoraConfig, rngs: nnx
                 module.shape,
                 module.axes,
                 own.scale,
-                zlib.crc32(name.encode()) >> 1,
+                zlib.crc32(in_layer.encode()) >> 1,
                 stack=module.stack,
-                rngs=rngs,
+                rngs=nnx.Rngs(params=key),
+                first=0 if layers is None else layers.start,
                 dora=lora.use_dora,
             )
     return model

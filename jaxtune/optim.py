@@ -19,6 +19,8 @@ from jaxtune.errors import ConfigError
 FROZEN = "frozen"
 LORA_LR, FULL_LR = 2e-4, 2e-5  # defaults by method; LoRA wants about ten times more
 
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+
 # Group of a trained leaf by its path; the first match wins.
 _GROUPS = (
     (r"\.lora\.A$", "adapter_a"),
@@ -92,21 +94,26 @@ def peak_lr(config: Config) -> float:
     return LORA_LR if config.lora.r else FULL_LR
 
 
-def schedule(name: str, count, warmup, steps, end_ratio) -> jax.Array:
+def share_of_peak(schedule, count, warmup, steps, end_ratio) -> jax.Array:
     """Learning rate over its peak at step `count` (0 is the first): warm-up, then decay.
 
     The first step already learns: warm-up reaches the peak at step `warmup`. wsd is
     warm-up-stable-decay (arXiv 2404.06395), which decays linearly over the last fifth.
+
+    Args:
+      schedule: its place in SCHEDULES, which may be traced as all the others.
     """
     count, warmup, steps = (jnp.asarray(x, jnp.float32) for x in (count, warmup, steps))
     rise = jnp.minimum(1.0, (count + 1) / (warmup + 1))
     done = jnp.clip((count - warmup) / jnp.maximum(steps - warmup, 1), 0.0, 1.0)
-    fall = {
-        "constant": jnp.zeros(()),
+    falls = {
+        "constant": jnp.zeros_like(done),
         "linear": done,
         "cosine": 0.5 * (1 - jnp.cos(jnp.pi * done)),
         "wsd": jnp.clip((done - 0.8) / 0.2, 0.0, 1.0),
-    }[name]
+    }
+    which = jnp.asarray(schedule, jnp.int32)
+    fall = jax.lax.select_n(which, *(falls[name] for name in SCHEDULES))
     return rise * (1 - fall * (1 - end_ratio))
 
 
@@ -116,6 +123,7 @@ def hyperparameters(config: Config, steps: int) -> dict[str, float]:
     warmup = optim.warmup if isinstance(optim.warmup, int) else optim.warmup * steps
     return {
         "lr": peak_lr(config),
+        "schedule": float(SCHEDULES.index(optim.schedule)),
         "warmup": float(warmup),
         "steps": float(steps),
         "end_ratio": optim.end_ratio,
@@ -126,6 +134,7 @@ def hyperparameters(config: Config, steps: int) -> dict[str, float]:
         "eps": optim.eps,
         "plus_ratio": config.lora.plus_ratio,
         "dropout": config.lora.dropout,
+        "label_smoothing": config.train.label_smoothing,
     }
 
 
@@ -135,12 +144,12 @@ def make(config: Config, groups: Mapping[str, str], steps: int) -> optax.Gradien
     Clipping sees the trained leaves only: a norm over frozen ones would keep their gradients alive.
     """
 
-    def build(lr, warmup, steps, end_ratio, weight_decay, clip_norm, b1, b2, eps, plus_ratio,
-              dropout) -> optax.GradientTransformation:  # fmt: skip
-        del dropout  # train_step reads it from the state
+    def build(lr, schedule, warmup, steps, end_ratio, weight_decay, clip_norm, b1, b2, eps,
+              plus_ratio, dropout, label_smoothing) -> optax.GradientTransformation:  # fmt: skip
+        del dropout, label_smoothing  # train_step reads them from the state
 
         def rate(count):
-            return lr * schedule(config.optim.schedule, count, warmup, steps, end_ratio)
+            return lr * share_of_peak(schedule, count, warmup, steps, end_ratio)
 
         def group(name: str) -> optax.GradientTransformation:
             decay = 0.0 if name in _NO_DECAY else weight_decay
@@ -160,11 +169,11 @@ def make(config: Config, groups: Mapping[str, str], steps: int) -> optax.Gradien
     return optax.inject_hyperparams(build)(**hyperparameters(config, steps))
 
 
-def learning_rate(name: str, state) -> jax.Array:
-    """The rate of the next update, from the state `make` keeps; `name` is optim.schedule."""
+def learning_rate(state) -> jax.Array:
+    """The rate of the next update, from the state `make` keeps."""
     hyper = state.hyperparams
-    shape = schedule(name, state.count, hyper["warmup"], hyper["steps"], hyper["end_ratio"])
-    return hyper["lr"] * shape
+    fall = (hyper["warmup"], hyper["steps"], hyper["end_ratio"])
+    return hyper["lr"] * share_of_peak(hyper["schedule"], state.count, *fall)
 
 
 def _direction(name: str, group: str, b1, b2, eps) -> optax.GradientTransformation:

@@ -78,11 +78,11 @@ def program(config: Config, assembly: Assembly, steps: int) -> Program:
     return Program(
         graphdef=assembly.graphdef,
         optimizer=optim.make(config, groups, steps),
-        schedule=config.optim.schedule,
         objective=classify if config.task == "classify" else next_token,
         micro_batches=config.train.grad_accum,
         seed=config.train.seed,
         dropout=config.lora.dropout > 0,
+        smoothing=config.train.label_smoothing > 0,
     )
 
 

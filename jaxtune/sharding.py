@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtune.config import MeshConfig
 from jaxtune.errors import ConfigError
 
-BATCH = ("slices", "data", "fsdp", "expert")  # mesh axes that share out the rows of a batch
+TRIAL = "trial"  # cuts the population of a sweep; a plain batch as well, though nobody asks for it
+BATCH = (TRIAL, "slices", "data", "fsdp", "expert")  # axes that share out the rows of a batch
 CONTEXT = "context"  # the one that shares out the tokens of a row
-AXES = (*BATCH, CONTEXT, "tensor")
+AXES = ("slices", TRIAL, "data", "fsdp", "expert", CONTEXT, "tensor")
 TOKENS = P(BATCH, CONTEXT)  # of arrays [B, T]
 
 # The vocabulary and every matrix are cut over fsdp; heads and mlp over tensor as well.

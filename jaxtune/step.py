@@ -1,6 +1,7 @@
 """One optimizer step and one evaluation step: pure functions of (state, frozen, batch)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +11,10 @@ from flax import nnx
 
 from jaxtune import optim, tree
 from jaxtune.data.packing import Batch
-from jaxtune.models.decoder import Decoder
 from jaxtune.models.layers import Dropout
 from jaxtune.objectives import LossTerm
 
-Objective = Callable[[Decoder, Batch, Dropout | None], LossTerm]
+Objective = Callable[..., LossTerm]  # (model, batch, dropout, smoothing_B, trials)
 
 
 class TrainState(NamedTuple):
@@ -40,11 +40,11 @@ class Program(NamedTuple):
 
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
-    schedule: str
     objective: Objective
     micro_batches: int
     seed: int
     dropout: bool  # False leaves dropout out of the program altogether
+    smoothing: bool  # the same of label smoothing
 
 
 def init_state(program: Program, trainable: dict[str, jax.Array]) -> TrainState:
@@ -63,10 +63,14 @@ def train_step(
     hyper: dict[str, Any] = state.opt_state.hyperparams  # type: ignore[union-attr]  # inject_hyperparams
     step_key = jax.random.fold_in(jax.random.key(program.seed), state.step)
 
-    def loss(trainable: dict[str, jax.Array], micro: Batch, key: jax.Array):
+    def loss(trainable: dict[str, jax.Array], micro: Batch, rows_B: jax.Array):
         model = tree.merge(program.graphdef, {**frozen, **trainable})
-        dropout = Dropout(hyper["dropout"], key) if program.dropout else None
-        term = program.objective(model, micro, dropout)
+        dropout = smoothing_B = None
+        if program.dropout:
+            dropout = Dropout.of_rows(hyper["dropout"], step_key, rows_B)
+        if program.smoothing:
+            smoothing_B = jnp.broadcast_to(hyper["label_smoothing"], rows_B.shape)
+        term = program.objective(model, micro, dropout, smoothing_B)
         return term.total, term
 
     gradient = jax.grad(loss, has_aux=True)
@@ -75,30 +79,40 @@ def train_step(
         new = gradient(state.trainable, *scanned)
         return jax.tree.map(jnp.add, carry, new), None
 
-    count = program.micro_batches
+    count, rows_B = program.micro_batches, jnp.arange(batch.tokens.shape[0])
     if count == 1:
-        grads, term = gradient(state.trainable, batch, step_key)
+        grads, term = gradient(state.trainable, batch, rows_B)
     else:
         # Every count-th row goes to one micro-batch, so a batch cut over devices stays where it is.
-        micro = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+        micro = jax.tree.map(
+            lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), (batch, rows_B)
+        )
         zero = jnp.zeros((), jnp.float32)
         start = (jax.tree.map(jnp.zeros_like, state.trainable), LossTerm(zero, zero, zero))
-        keys = jax.random.split(step_key, count)
-        (grads, term), _ = jax.lax.scan(accumulate, start, (micro, keys))
-    grads = jax.tree.map(lambda g: g / jnp.maximum(term.weight, 1.0), grads)
-
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(term.total)
-    lr = optim.learning_rate(program.schedule, state.opt_state)
-    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
-    kept = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (trainable, opt_state),
-        (state.trainable, state.opt_state),
-    )
+        (grads, term), _ = jax.lax.scan(accumulate, start, micro)
+    kept, norm, lr, finite = update(program, (state.trainable, state.opt_state), grads, term)
     tokens = jnp.sum(batch.segments > 0).astype(jnp.float32)
     return TrainState(state.step + 1, *kept), StepMetrics(term, tokens, norm, lr, finite)
+
+
+def update(
+    program: Program,
+    old: tuple[dict[str, jax.Array], Any],
+    grads: dict[str, jax.Array],
+    term: LossTerm,
+) -> tuple[tuple[dict[str, jax.Array], Any], jax.Array, jax.Array, jax.Array]:
+    """-> ((trainable, opt_state), gradient norm, learning rate, finite); `grads` are of term.total.
+
+    An update that is not finite leaves both as they were.
+    """
+    trainable, opt_state = old
+    grads = jax.tree.map(lambda g: g / jnp.maximum(term.weight, 1.0), grads)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(term.total)
+    lr = optim.learning_rate(opt_state)
+    changes, opt_state = program.optimizer.update(grads, opt_state, trainable)
+    new = (optax.apply_updates(trainable, changes), opt_state)
+    return jax.tree.map(partial(jnp.where, finite), new, old), norm, lr, finite
 
 
 def eval_step(

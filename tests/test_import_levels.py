@@ -7,21 +7,24 @@ ROOT = Path(__file__).parents[1] / "jaxtune"
 
 # The architecture of docs/design.md. A folder's level holds for all of its files.
 LEVELS = {
-    "errors": 0, "config": 0, "tree": 0, "sharding": 0, "console": 0, "digest": 0,
+    "errors": 0, "budget": 0, "config": 0, "tree": 0, "sharding": 0, "console": 0, "digest": 0,
     "flags": 0, "heap": 0,
     "kernels": 1, "signals": 1, "bucket": 1,
     "models": 2, "data": 2, "pods": 2,
     "lora": 3, "optim": 3, "objectives": 3, "hf": 3,
     "step": 4, "assemble": 4, "manifest": 4,
-    "checkpoint": 5, "metrics": 5, "decoding": 5, "workdir": 5, "setup": 5,
-    "estimate": 6, "scoring": 6, "aot": 7,
+    "checkpoint": 5, "metrics": 5, "decoding": 5, "workdir": 5, "setup": 5, "slots": 5,
+    "deadline": 5,
+    "estimate": 6, "scoring": 6, "aot": 7, "population": 7,
     "train": 8, "tuned": 8,
-    "compare": 9, "plan": 9, "doctor": 9,
+    "compare": 9, "plan": 9, "doctor": 9, "sweep": 9,
     "cli": 10,
     "demo": 11, "__init__": 11,
 }  # fmt: skip
 # Level 0 modules build on each other in this order.
-GROUND = ["errors", "config", "console", "tree", "sharding", "digest", "flags", "heap"]
+GROUND = [
+    "errors", "budget", "config", "console", "tree", "sharding", "digest", "flags", "heap",
+]  # fmt: skip
 
 
 def _imports(file: Path) -> set[str]:

@@ -233,7 +233,8 @@ def test_every_expert_has_an_adapter_of_its_own():
     params[f"{module}.B"] = b_LERO
 
     def hidden(seed: int, rate: float):
-        dropout = Dropout(jnp.float32(rate), jax.random.key(seed))
+        rows = jnp.arange(len(tokens))
+        dropout = Dropout.of_rows(jnp.float32(rate), jax.random.key(seed), rows)
         return tree.merge(graphdef, params).hidden(tokens, dropout=dropout)
 
     plain = tree.merge(graphdef, params).hidden(tokens)
@@ -265,10 +266,12 @@ def test_dora_is_the_rescaled_sum():
 def test_dropout_of_dora_takes_the_rescaled_kernels_input_too():
     # peft: W x + (m / |V| - 1) W drop(x) + m / |V| scale B A drop(x)
     linear, kernel, x = _dora()
-    dropout = Dropout(jnp.float32(0.4), jax.random.key(3))
+    dropout = Dropout.of_rows(jnp.float32(0.4), jax.random.key(3), jnp.arange(2))
     b = 0.7 * linear.lora.B[...]
     ratio = linear.lora.magnitude[...] / jnp.linalg.norm(kernel + linear.lora.A[...] @ b, axis=0)
-    mask = jax.random.bernoulli(jax.random.fold_in(dropout.key, 0), 0.6, x.shape)
+    mask = jnp.stack(
+        [jax.random.bernoulli(jax.random.fold_in(k, 0), 0.6, x.shape[1:]) for k in dropout.key_B]
+    )
     less = jnp.where(mask, x / 0.6, 0)
     wanted = x @ kernel + (ratio - 1) * (less @ kernel) + ratio * (less @ linear.lora.A[...] @ b)
     np.testing.assert_allclose(linear(x, dropout), wanted, atol=1e-4)
@@ -374,7 +377,8 @@ def test_dropout_acts_on_the_adapter_alone_and_keeps_its_mean():
     tokens = np.arange(12).reshape(2, 6)
 
     def hidden(params, seed, rate=0.5):
-        dropout = Dropout(jnp.float32(rate), jax.random.key(seed))
+        rows = jnp.arange(len(tokens))
+        dropout = Dropout.of_rows(jnp.float32(rate), jax.random.key(seed), rows)
         return tree.merge(graphdef, params).hidden(tokens, dropout=dropout)
 
     plain = tree.merge(graphdef, params).hidden(tokens)

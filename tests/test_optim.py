@@ -137,9 +137,10 @@ def test_rules_that_select_nothing_stop(lora, rules, said):
     ],
 )
 def test_schedules(name, expected):
-    found = [optim.schedule(name, step, 10, 100, 0.1) for step in (0, 4, 9, 10, 55, 100)]
+    which = optim.SCHEDULES.index(name)
+    found = [optim.share_of_peak(which, step, 10, 100, 0.1) for step in (0, 4, 9, 10, 55, 100)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert optim.schedule(name, 91, 10, 100, 0.1) == pytest.approx(
+    assert optim.share_of_peak(which, 91, 10, 100, 0.1) == pytest.approx(
         {"constant": 1, "linear": 0.19, "cosine": 0.1221, "wsd": 0.55}[name], abs=2e-3
     )
 

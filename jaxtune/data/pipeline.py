@@ -8,7 +8,7 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -141,14 +141,52 @@ def batches(
     import grain
 
     mine = np.arange(batch_size) if mine is None else np.asarray(mine)
+    steps = order(rows, seed, shuffle).batch(batch_size)[start_step:]
+    drawn = steps.map(lambda numbers: rows.batch(numbers[mine]))
+    return iter(drawn.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+
+
+def order(rows: Rows, seed: int, shuffle: bool = True) -> Any:
+    """Numbers of the rows in the order of training: an endless grain.MapDataset."""
+    import grain
+
     parts = rows.parts if rows.weights else ((0, len(rows)),)  # without weights all are one
     streams = []
     for start, end in parts:
         stream = grain.MapDataset.source(range(start, end)).seed((seed + start) % 2**32)
         streams.append((stream.shuffle() if shuffle else stream).repeat())
-    order = grain.MapDataset.mix(streams, weights=rows.weights or [1.0])
-    steps = order.batch(batch_size)[start_step:].map(lambda drawn: rows.batch(drawn[mine]))
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+    return grain.MapDataset.mix(streams, weights=rows.weights or [1.0])
+
+
+def subset(rows: Rows, fraction: float, seed: int) -> Rows:
+    """A part of the rows, drawn by seed from every source alike; at least one of each."""
+    random = np.random.default_rng(seed)
+    chosen = [
+        np.sort(
+            random.permutation(np.arange(*part))[: max(1, round(fraction * (part[1] - part[0])))]
+        )
+        for part in rows.parts
+    ]
+    numbers, counts = np.concatenate(chosen), np.cumsum([0, *map(len, chosen)])
+    members = _spans(rows.row_starts, numbers)
+    kept = rows.members[members]
+    tokens = _spans(rows.starts, kept)
+    return replace(
+        rows,
+        tokens=rows.tokens[tokens],
+        mask=rows.mask[tokens],
+        starts=np.cumsum([0, *np.diff(rows.starts)[kept]]),
+        members=np.arange(len(kept)),
+        row_starts=np.cumsum([0, *np.diff(rows.row_starts)[numbers]]),
+        parts=tuple(zip(counts[:-1].tolist(), counts[1:].tolist(), strict=True)),
+        labels=rows.labels[kept] if rows.labels.size else rows.labels,
+        types=rows.types[tokens] if rows.types.size else rows.types,
+    )
+
+
+def _spans(starts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """What stands between starts[n] and starts[n + 1], for each n in turn."""
+    return np.concatenate([np.arange(int(starts[n]), int(starts[n + 1])) for n in numbers])
 
 
 def eval_batches(

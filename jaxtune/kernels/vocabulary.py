@@ -17,12 +17,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.sharding import BATCH, CONTEXT, TOKENS, platform
+from jaxtune.sharding import BATCH, CONTEXT, TOKENS, TRIAL, platform
 
 _ROWS = 1024  # of the vocabulary at a time on a CPU, at most
 _VOCAB = "fsdp"  # mesh axis over which tables are cut
 _ALL = (*BATCH, CONTEXT)  # axes over which tokens are shared out
-_OTHERS = tuple(axis for axis in _ALL if axis != _VOCAB)
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -44,46 +43,80 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 class TokenLoss(NamedTuple):
-    """Sums over loss-bearing tokens, float32: divide by their weight at the very end."""
+    """Sums over loss-bearing tokens, float32: divide by their weight at the very end.
+
+    Scalars, or [P] where P trials share the batch.
+    """
 
     loss: jax.Array  # sum of weight * -log p(target), nats
     correct: jax.Array  # sum of weight where the target alone is the most likely token
 
 
-def token_loss(x_BTD, head_VD, targets_BT, weights_BT, softcap: float = 0.0) -> TokenLoss:
+class _Tokens(NamedTuple):
+    """What is known of each token beside its activation."""
+
+    targets_BT: jax.Array
+    weights_BT: jax.Array
+    smoothing_BT: jax.Array | None  # share of the target's probability that goes to all tokens
+    trial_BT: jax.Array | None  # whose loss it counts to, where trials share the batch
+
+
+def token_loss(
+    x_BTD,
+    head_VD,
+    targets_BT,
+    weights_BT,
+    softcap: float = 0.0,
+    *,
+    smoothing_B: jax.Array | None = None,
+    trials: int = 1,
+) -> TokenLoss:
     """Cross entropy of `x @ head.T` against `targets`, summed with `weights`.
 
     Differentiable in x and head (of the `loss` field only). With a `softcap`, a Python number,
     logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118); 0 leaves them.
+
+    Args:
+      smoothing_B: label smoothing of every row (arXiv 1512.00567, as torch has it); not with a cap.
+      trials: that share the rows, each as many in turn; with more than one the sums are [trials].
     """
+    shape = targets_BT.shape
+    smoothing_BT = trial_BT = None
+    if smoothing_B is not None:
+        assert not softcap, "the mean of capped logits is no product"
+        smoothing_BT = jnp.broadcast_to(smoothing_B[:, None], shape)
+    if trials > 1:
+        rows = jnp.arange(shape[0], dtype=jnp.int32)[:, None] // (shape[0] // trials)
+        trial_BT = jnp.broadcast_to(rows, shape)
+    tokens = _Tokens(targets_BT, weights_BT, smoothing_BT, trial_BT)
     with jax.named_scope("vocabulary"):  # jaxtune plan finds the walk by it
-        total: Any = _token_loss(x_BTD, head_VD, targets_BT, weights_BT, softcap)
+        total: Any = _token_loss(x_BTD, head_VD, tokens, softcap, trials)
     return total
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _token_loss(x_BTD, head_VD, targets_BT, weights_BT, softcap: float) -> TokenLoss:
-    return _sharded_walk(x_BTD, head_VD, targets_BT, weights_BT, softcap, False, False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _token_loss(x_BTD, head_VD, tokens: _Tokens, softcap: float, trials: int) -> TokenLoss:
+    return _sharded_walk(x_BTD, head_VD, tokens, softcap, trials, False, False)[0]
 
 
-def _forward(x_BTD, head_VD, targets_BT, weights_BT, softcap: float):
-    return _sharded_walk(
-        x_BTD.value,
-        head_VD.value,
-        targets_BT.value,
-        weights_BT.value,
-        softcap,
-        x_BTD.perturbed,
-        head_VD.perturbed,
+def _forward(x_BTD, head_VD, tokens, softcap: float, trials: int):
+    known = jax.tree.map(lambda leaf: leaf.value, tokens, is_leaf=lambda x: hasattr(x, "perturbed"))
+    total, gradients = _sharded_walk(
+        x_BTD.value, head_VD.value, known, softcap, trials, x_BTD.perturbed, head_VD.perturbed
     )
+    return total, (gradients, known.trial_BT)
 
 
-def _backward(softcap: float, gradients, cotangents):
+def _backward(softcap: float, trials: int, residuals, cotangents):
+    (dx_BTD, dhead_VD), trial_BT = residuals
     loss = cotangents.loss
     if isinstance(loss, SymbolicZero):
-        return None, None, None, None
-    dx_BTD, dhead_VD = [None if g is None else (g * loss).astype(g.dtype) for g in gradients]
-    return dx_BTD, dhead_VD, None, None
+        return None, None, None
+    if trials > 1:
+        assert dhead_VD is None, "trials share a frozen head"
+        loss = loss[trial_BT][:, :, None]
+    gradients = [None if g is None else (g * loss).astype(g.dtype) for g in (dx_BTD, dhead_VD)]
+    return *gradients, None
 
 
 _token_loss.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -111,59 +144,82 @@ def _chunks(vocab: int) -> tuple[int, ...]:
 
 
 def _sharded_walk(
-    x_BTD, head_VD, targets_BT, weights_BT, softcap: float, grad_x: bool, grad_head: bool
+    x_BTD,
+    head_VD,
+    tokens: _Tokens,
+    softcap: float,
+    trials: int,
+    grad_x: bool,
+    grad_head: bool,
 ):
     """-> (TokenLoss, (dx or None, dhead or None)), over all devices of the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     sharded = not mesh.empty and mesh.size > 1
     cut = sharded and _shards(head_VD.shape[0]) > 1
+    # No trial waits for another: a mesh that cuts the population sums up within its parts.
+    apart = sharded and trials > 1
+    parts = mesh.shape[TRIAL] if apart else 1
+    over = tuple(axis for axis in _ALL if not (apart and axis == TRIAL))
     walk = partial(
-        _walk, softcap=softcap, grad_x=grad_x, grad_head=grad_head, sharded=sharded, cut=cut
+        _walk,
+        softcap=softcap,
+        trials=trials // parts,
+        grad_x=grad_x,
+        grad_head=grad_head,
+        over=over if sharded else (),
+        cut=cut,
     )
     if not sharded:
-        return walk(x_BTD, head_VD, targets_BT, weights_BT)
-    rows, table = TOKENS, P(_VOCAB if cut else None, None)
+        return walk(x_BTD, head_VD, tokens)
+    table = P(_VOCAB if cut else None, None)
+    others = tuple(axis for axis in over if axis != _VOCAB)
 
-    def local(x_BTD, head_VD, targets_BT, weights_BT):
-        gather = [x_BTD, targets_BT, weights_BT]
+    def local(x_BTD, head_VD, tokens: _Tokens):
+        if tokens.trial_BT is not None:
+            first = jax.lax.axis_index(TRIAL) * (trials // parts)
+            tokens = tokens._replace(trial_BT=tokens.trial_BT - first)
         if cut:
-            gather = [jax.lax.all_gather(a, _VOCAB, tiled=True) for a in gather]
-        total, (dx_BTD, dhead_VD) = walk(gather[0], head_VD, *gather[1:])
+            x_BTD, tokens = jax.tree.map(
+                lambda a: jax.lax.all_gather(a, _VOCAB, tiled=True), (x_BTD, tokens)
+            )
+        total, (dx_BTD, dhead_VD) = walk(x_BTD, head_VD, tokens)
         # Cut: each device of the axis has seen all tokens. Whole: each has seen its own.
-        total = jax.lax.psum(total, _OTHERS if cut else _ALL)
+        total = jax.lax.psum(total, others if cut else over)
         if dx_BTD is not None and cut:
             dx_BTD = jax.lax.psum_scatter(dx_BTD, _VOCAB, tiled=True)
         if dhead_VD is not None:
-            dhead_VD = jax.lax.psum(dhead_VD, _OTHERS if cut else _ALL)
+            dhead_VD = jax.lax.psum(dhead_VD, others if cut else over)
         return total, (dx_BTD, dhead_VD)
 
     gradients = (P(*TOKENS, None) if grad_x else None, table if grad_head else None)
     return jax.shard_map(
         local,
-        in_specs=(P(*TOKENS, None), table, rows, rows),
-        out_specs=(P(), gradients),
+        in_specs=(P(*TOKENS, None), table, jax.tree.map(lambda _: TOKENS, tokens)),
+        out_specs=(P(TRIAL) if apart else P(), gradients),
         check_vma=False,
-    )(x_BTD, head_VD, targets_BT, weights_BT)
+    )(x_BTD, head_VD, tokens)
 
 
 def _walk(
     x_BTD,
     head_VD,
-    targets_BT,
-    weights_BT,
+    tokens: _Tokens,
     *,
     softcap: float,
+    trials: int,
     grad_x: bool,
     grad_head: bool,
-    sharded: bool,
+    over: tuple[str, ...],
     cut: bool,
 ):
     """Visits the loss-bearing tokens chunk by chunk.
 
-    `sharded`: called on every device of a mesh; `cut`: each holds its own rows of the vocabulary.
+    `over`: axes of a mesh on each of whose devices it is called; `cut`: each of them holds its own
+    rows of the vocabulary.
     """
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    targets_N, weights_N = targets_BT.reshape(-1), weights_BT.reshape(-1)
+    tokens_N = jax.tree.map(lambda a: a.reshape(-1), tokens)
+    weights_N = tokens_N.weights_BT
     count, vocab = x_ND.shape[0], head_VD.shape[0]
     *larger, last = _chunks(vocab)
     sizes = (*(size for size in larger if size <= count), min(last, count))
@@ -174,17 +230,24 @@ def _walk(
     order_N = jnp.pad(order_N, (0, sizes[0]), constant_values=count)
     bearing = jnp.sum(weights_N != 0)
     first_row = jax.lax.axis_index(_VOCAB) * vocab if cut else 0
-    if sharded:
-        bearing = jax.lax.pmax(bearing, _ALL)  # collectives in the loop need one trip count
+    if over:
+        bearing = jax.lax.pmax(bearing, over)  # collectives in the loop need one trip count
 
     def combine(reduce, value):
         return reduce(value, _VOCAB) if cut else value
 
+    zero = jnp.zeros((trials,) if tokens.trial_BT is not None else (), jnp.float32)
+    mean_D = None
+    if tokens.smoothing_BT is not None:  # of the head's rows: times x, the mean of all logits
+        mean_D = combine(jax.lax.pmean, head_VD.astype(jnp.float32).mean(axis=0))
+
     def visit(at_C, carry):
         total, dx_ND, dhead_VD = carry
-        x_CD = x_ND.at[at_C].get(mode="fill", fill_value=0)
-        weights_C = weights_N.at[at_C].get(mode="fill", fill_value=0)
-        row_C = targets_N.at[at_C].get(mode="fill", fill_value=0) - first_row
+        x_CD, own_C = jax.tree.map(
+            lambda a: a.at[at_C].get(mode="fill", fill_value=0), (x_ND, tokens_N)
+        )
+        weights_C, smoothing_C = own_C.weights_BT, own_C.smoothing_BT
+        row_C = own_C.targets_BT - first_row
         mine_C = (row_C >= 0) & (row_C < vocab)
         row_C = jnp.where(mine_C, row_C, 0)
 
@@ -198,23 +261,37 @@ def _walk(
         top_C, own_top_C, target_C = (_cap(a, softcap) for a in (top_C, own.top_C, target_C))
         shrink_C = jnp.exp(own_top_C - top_C)
         sum_C = combine(jax.lax.psum, shrink_C * own.sum_C)
+        hit_C = weights_C * mine_C * _slope(target_C, softcap)
+        if smoothing_C is not None:
+            mean_C = x_CD.astype(jnp.float32) @ mean_D
+            target_C = (1 - smoothing_C) * target_C + smoothing_C * mean_C
+            hit_C *= 1 - smoothing_C
+        loss_C = weights_C * (jnp.log(sum_C) + top_C - target_C)
         total = TokenLoss(
-            total.loss + jnp.sum(weights_C * (jnp.log(sum_C) + top_C - target_C)),
-            total.correct + jnp.sum(weights_C * hits_C),
+            *(
+                old
+                + (new_C.sum() if own_C.trial_BT is None else zero.at[own_C.trial_BT].add(new_C))
+                for old, new_C in zip(total, (loss_C, weights_C * hits_C), strict=True)
+            )
         )
         # d loss / d logits = weight * (softmax - one_hot); narrow tensors are scaled, not [C, V]
-        share_C1 = (weights_C * shrink_C / sum_C)[:, None]
-        hit_C1 = (weights_C * mine_C * _slope(target_C, softcap))[:, None]
+        share_C1, hit_C1 = (weights_C * shrink_C / sum_C)[:, None], hit_C[:, None]
         if grad_x:
             dx_CD = share_C1 * own.mean_CD - hit_C1 * head_VD[row_C].astype(jnp.float32)
+            if smoothing_C is not None and mean_D is not None:
+                # Of devices that share out the vocabulary each gives its part.
+                dx_CD -= (weights_C * smoothing_C)[:, None] * mean_D / combine(jax.lax.psum, 1.0)
             dx_ND = dx_ND.at[at_C].set(dx_CD.astype(x_ND.dtype), mode="drop")
         if grad_head:
             shared_CD = (share_C1 * x_CD).astype(x_CD.dtype)
             dhead_VD += _einsum("CV,CD->VD", exp_CV, shared_CD)
             dhead_VD = dhead_VD.at[row_C].add(-hit_C1 * x_CD.astype(jnp.float32))
+            if smoothing_C is not None:
+                rows = vocab * combine(jax.lax.psum, 1.0)
+                smooth_D = (weights_C * smoothing_C) @ x_CD.astype(jnp.float32)
+                dhead_VD -= smooth_D / rows
         return total, dx_ND, dhead_VD
 
-    zero = jnp.zeros((), jnp.float32)
     carry: Any = (
         TokenLoss(zero, zero),
         jnp.zeros_like(x_ND) if grad_x else None,

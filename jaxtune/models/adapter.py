@@ -6,6 +6,7 @@ Letters as in layers.py; M counts rows sorted by expert (kernels/experts.py).
 import math
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -79,6 +80,28 @@ def _low_rank_backward(residuals, dy_BTO):
 low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
+def _uniform(key: jax.Array, shape: tuple[int, ...], dtype, *, salt: int, first: int) -> jax.Array:
+    """First values of A, [..., I, R]: uniform in +-1/sqrt(I), PEFT's kaiming_uniform of a = sqrt(5).
+
+    A column of one layer's A depends on seed, layer, module and its own number alone: the same for
+    every rank and however layers are stacked, so that trials of a sweep differ in nothing else.
+
+    Args:
+      shape: begins with the layers of the stack, of which the first has the number `first`.
+    """
+    layers, *rest, inputs, rank = shape if len(shape) > 2 else (1, *shape)
+    bound = inputs**-0.5
+    key = jax.random.fold_in(key, salt)
+
+    def draw(layer):
+        key_of_layer = jax.random.fold_in(key, layer)
+        # The rank comes first, so that a larger one only adds draws behind the others.
+        a = jax.random.uniform(key_of_layer, (rank, *rest, inputs), dtype, -bound, bound)
+        return jnp.moveaxis(a, 0, -1)
+
+    return jax.vmap(draw)(first + jnp.arange(layers)).reshape(shape)
+
+
 class Adapter(nnx.Module):
     """Low-rank update of a projection: x A B, scaled; PEFT stores A.T and B.T.
 
@@ -95,12 +118,10 @@ class Adapter(nnx.Module):
         *,
         stack: tuple[int, ...],
         rngs: nnx.Rngs,
+        first: int = 0,
         dora: bool = False,
     ):
-        # Uniform in +-1/sqrt(I): PEFT's kaiming_uniform with a = sqrt(5).
-        init_a = initializers.variance_scaling(
-            1 / 3, "fan_in", "uniform", batch_axis=tuple(range(len(stack)))
-        )
+        init_a = partial(_uniform, salt=salt, first=first)
         zeros, ones = initializers.zeros, initializers.ones
         self.A = param(rngs, stack, (shape[0], rank), (axes[0], None), init_a, jnp.float32)
         self.B = param(rngs, stack, (rank, shape[1]), (None, axes[1]), zeros, jnp.float32)
@@ -109,7 +130,7 @@ class Adapter(nnx.Module):
         self.magnitude = (
             param(rngs, stack, shape[1:], axes[1:], ones, jnp.float32) if dora else None
         )
-        self.salt = salt  # sets this adapter's dropout apart from its neighbours'
+        self.salt = salt  # sets this adapter apart from its neighbours in a layer
 
     def __call__(
         self, x_BTI: jax.Array, y_BTO: jax.Array, linear: Linear, dropout: Dropout | None
@@ -119,10 +140,9 @@ class Adapter(nnx.Module):
         With DoRA, dropout acts on the input of what is added to x W, the rescaled W too (as PEFT).
         """
         if dropout is not None:
-            keep = 1 - dropout.rate
-            key = jax.random.fold_in(dropout.key, self.salt)
-            mask = jax.random.bernoulli(key, keep, x_BTI.shape)
-            x_BTI = jnp.where(mask, x_BTI / keep.astype(x_BTI.dtype), 0)
+            x_BTI = dropout.fold(self.salt)(x_BTI)
+        if self.A.ndim == 3:
+            return y_BTO + self._of_trials(x_BTI)
         update_BTO = low_rank(x_BTI, self.A[...], self.B[...] * self.scale[...])
         if self.magnitude is None:
             return y_BTO + update_BTO
@@ -134,13 +154,24 @@ class Adapter(nnx.Module):
         added_BTO = (ratio_O - 1) * dropped_BTO + ratio_O * update_BTO
         return (y_BTO + added_BTO).astype(y_BTO.dtype)
 
+    def _of_trials(self, x_BTI: jax.Array) -> jax.Array:
+        """The update where P trials of a sweep share the batch, as many rows each in turn.
+
+        A is [P, I, R] then, B [P, R, O] and scale [P] (population.py).
+        """
+        trials = self.A.shape[0]
+        x_PBTI = x_BTI.reshape(trials, -1, *x_BTI.shape[1:])
+        b_PRO = self.B[...] * self.scale[...][:, None, None]
+        y_PBTO = jax.vmap(low_rank)(x_PBTI, self.A[...], b_PRO)
+        return y_PBTO.reshape(*x_BTI.shape[:2], -1)
+
     def grouped(
         self, x_MI: jax.Array, y_MO: jax.Array, dropout: Dropout | None, plan: experts.Plan
     ) -> jax.Array:
         """The same for rows that are each one expert's: plain LoRA, A [E, I, R] and B [E, R, O]."""
         if dropout is not None:
-            key = jax.random.fold_in(dropout.key, self.salt)
-            x_MI = experts.dropped(x_MI, plan, dropout.rate, key)
+            key = jax.random.fold_in(dropout.key_B[0], self.salt)
+            x_MI = experts.dropped(x_MI, plan, dropout.rate_B[0], key)
         b_ERO = self.B[...] * self.scale[...][:, None, None]
         return y_MO + experts.grouped(experts.grouped(x_MI, self.A[...], plan), b_ERO, plan)
 

@@ -9,6 +9,7 @@ outputs of a linear. `stack` is the leading shape of parameters that are stacked
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -41,10 +42,31 @@ def activate(name: str, x: jax.Array) -> jax.Array:
 
 
 class Dropout(NamedTuple):
-    """Dropout on the input of adapters: a traced rate and the key of this layer and step."""
+    """Dropout on the input of adapters, every row with a rate and a key of its own.
 
-    rate: jax.Array
-    key: jax.Array
+    What a row loses depends on its key alone, so not on how a batch is cut into micro-batches or
+    over devices, nor on which layers are stacked together.
+    """
+
+    rate_B: jax.Array
+    key_B: jax.Array
+
+    @classmethod
+    def of_rows(cls, rate: jax.Array, key: jax.Array, rows: jax.Array) -> Dropout:
+        """For the rows of these numbers [B] in a step's batch; rate and key are the step's."""
+        keys_B = jax.vmap(partial(jax.random.fold_in, key))(rows)
+        return cls(jnp.broadcast_to(rate, rows.shape), keys_B)
+
+    def fold(self, number: jax.Array | int) -> Dropout:
+        """Apart from that of other layers, or of other adapters in one."""
+        fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+        return Dropout(self.rate_B, fold(self.key_B, number))
+
+    def __call__(self, x_BTI: jax.Array) -> jax.Array:
+        keep_B = 1 - self.rate_B
+        draw = jax.vmap(partial(jax.random.bernoulli, shape=x_BTI.shape[1:]))
+        keep_B11 = keep_B.astype(x_BTI.dtype)[:, None, None]
+        return jnp.where(draw(self.key_B, keep_B), x_BTI / keep_B11, 0)
 
 
 def param(

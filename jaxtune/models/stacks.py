@@ -76,7 +76,7 @@ def run_layers(
     """
     new_caches: dict[str, Cache] = {}
     balance = None
-    for salt, (name, stack) in enumerate(layers.items()):
+    for name, stack in layers.items():
         graphdef, params = nnx.split(stack)
         run = layers_of(name)
         pattern = config.pattern(run.start, run.stop)
@@ -84,18 +84,16 @@ def run_layers(
         varying = Pattern(*(each if isinstance(each, np.ndarray) else None for each in pattern))
 
         def layer(x_BTD, scanned, graphdef=graphdef, pattern=pattern):
-            params, key, cache, varying = scanned
-            drop = None if dropout is None else Dropout(dropout.rate, key)
+            params, number, cache, varying = scanned
+            drop = None if dropout is None else dropout.fold(number)
             pairs = zip(varying, pattern, strict=True)
             own = Pattern(*(same if each is None else each for each, same in pairs))
             module: Block = nnx.merge(graphdef, params)
             x_BTD, cache, balance = module(x_BTD, context, own, drop, cache)
             return x_BTD, (cache, balance)
 
-        keys = None
-        if dropout is not None:
-            keys = jax.random.split(jax.random.fold_in(dropout.key, salt), len(run))
-        scanned = (params, keys, None if caches is None else caches[name], varying)
+        numbers = None if dropout is None else jnp.arange(run.start, run.stop)
+        scanned = (params, numbers, None if caches is None else caches[name], varying)
         x_BTD, (new_caches[name], sums) = jax.lax.scan(REMAT[remat](layer), x_BTD, scanned)
         if sums is not None:
             sums = jax.tree.map(lambda s: s.sum(axis=0), sums)

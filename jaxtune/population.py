@@ -1,0 +1,518 @@
+"""A sweep's population at work: the base is loaded once, and trials come and go in its slots.
+
+Positions count micro-batches of `Engine.micro` rows. A trial's micro-batches follow from its config
+alone, so those of trials with the same seed are the same rows: what they differ in is not luck.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtune import aot, assemble, estimate, optim, setup, sharding, slots, tree
+from jaxtune.assemble import Assembly
+from jaxtune.config import VARIES, Config, dotted, replaced
+from jaxtune.console import say
+from jaxtune.data import pipeline
+from jaxtune.data.packing import Batch, Rows
+from jaxtune.errors import ConfigError
+from jaxtune.hf import files, tokenizer
+from jaxtune.models.adapter import Spec
+from jaxtune.scoring import Score
+from jaxtune.slots import Slots
+from jaxtune.step import Program, TrainState
+
+_MAY = (*VARIES, "train.grad_accum")  # differ in one population
+_ADAPTER = (".lora.A", ".lora.B")
+_MOST = 16  # slots, where nobody says how many
+
+
+class Member(NamedTuple):
+    """A trial, as its config has it."""
+
+    config: Config
+    steps: int  # optimizer steps of its whole training
+    every: int  # micro-batches a step
+    hyper: dict[str, np.float32]  # optim.hyperparameters
+    ranks: dict[str, np.ndarray]  # {path of A: by layer}
+    scales: dict[str, np.ndarray]
+
+    @property
+    def positions(self) -> int:
+        """Micro-batches of the whole training."""
+        return self.steps * self.every
+
+
+class Measured(NamedTuple):
+    """Of one micro-batch of every slot, [P]."""
+
+    loss: np.ndarray  # nats a token
+    tokens: np.ndarray
+    finite: np.ndarray
+    lr: np.ndarray
+    grad_norm: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled programs of a population of one width, ready or under way."""
+
+    step: Future[Any]
+    score: Future[Any]
+    place: Future[Any]
+    pick: Future[Any]
+
+
+class Engine:
+    """See `open_engine`. Slots are opaque; each call gives new ones and takes the old ones away."""
+
+    def __init__(
+        self,
+        config: Config,
+        assembly: Assembly,
+        mesh: Mesh,
+        program: Program,
+        micro: int,
+        widths: tuple[int, ...],
+        train: Rows,
+        held: Rows,
+        accumulates: bool,
+    ):
+        self.config, self.folder, self.micro, self.widths = config, assembly.folder, micro, widths
+        self.train, self.eval = train, held
+        self._assembly, self._mesh, self._program = assembly, mesh, program
+        self._accumulates = accumulates
+        state, frozen = setup.initial(config, assembly, program, mesh)
+        self._given = state.trainable
+        self._frozen = {k: v for k, v in frozen.items() if not k.endswith(".lora.scale")}
+        self._orders: dict[int, Any] = {}
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
+        self._feeder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
+        self._next: tuple[Any, Future[Batch]] | None = None
+        self.programs = 0  # compiled so far
+        own = self.member(config)
+        self._new = self._compile(self._new_slot, *jax.tree.map(_abstract, self._arguments(own)))
+        self._one = jax.eval_shape(self._new_slot, *self._arguments(own))
+        self._programs = {width: self._build(width) for width in widths}
+
+    @property
+    def rows(self) -> int:
+        """Of the training data."""
+        return len(self.train)
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of a whole training with the config's own settings, about."""
+        rows = self.member(self.config).positions * self.micro
+        return round(rows * self.train.real_tokens / len(self.train))
+
+    def member(self, config: Config) -> Member:
+        """A trial of this population.
+
+        Raises:
+          ConfigError: it differs in more than VARIES, or its batch is not made of micro-batches.
+        """
+        own, theirs = dotted(self.config.to_dict()), dotted(config.to_dict())
+        for key in own.keys() | theirs.keys():
+            if key in _MAY or key.startswith(("sweep.", "checkpoint.", "eval.")):
+                continue
+            if own.get(key) != theirs.get(key):
+                raise ConfigError(
+                    f"{key} is {theirs.get(key)!r} in a trial and {own.get(key)!r} in its "
+                    "population",
+                    fix=f"of {', '.join(VARIES)}",
+                )
+        batch = config.train.batch_size
+        if batch % self.micro:
+            raise ConfigError(
+                f"train.batch_size {batch} is no multiple of {self.micro} rows, the population's "
+                "micro-batch",
+                fix=f"a multiple of {self.micro}",
+            )
+        steps = config.train.steps or math.ceil(config.train.epochs * self.rows / batch)
+        hyper = optim.hyperparameters(config, steps)
+        targets = assemble.targets(config, self._assembly.family, self._assembly.model)
+        return Member(
+            config,
+            steps,
+            batch // self.micro,
+            {name: np.float32(value) for name, value in hyper.items()},
+            self._by_layer(".lora.A", targets, lambda spec: spec.rank, np.int32),
+            self._by_layer(".lora.scale", targets, lambda spec: spec.scale, np.float32),
+        )
+
+    def empty(self, width: int) -> Slots:
+        """Slots without a trial; they must be filled before they are stepped in earnest."""
+        return jax.tree.map(
+            lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
+            self._abstract(width),
+        )
+
+    def start(self, population: Slots, k: int, member: Member) -> Slots:
+        """A trial from its beginning in slot k."""
+        one = self._new.result()(*self._arguments(member))
+        return self._placed(population, k, one)
+
+    def put(
+        self, population: Slots, k: int, member: Member, saved: Mapping[str, np.ndarray]
+    ) -> Slots:
+        """A trial as `take` gave it in slot k."""
+        del member  # all of it is in what was saved
+        leaves, treedef = jax.tree.flatten_with_path(self._one)
+        found = [saved[_name(path)] for path, _ in leaves]
+        return self._placed(population, k, jax.tree.unflatten(treedef, found))
+
+    def take(self, population: Slots, k: int) -> dict[str, np.ndarray]:
+        """All that makes up the trial in slot k, by name."""
+        one = self._of(population).pick.result()(population, np.int32(k))
+        leaves = jax.tree.leaves_with_path(jax.device_get(one))
+        return {_name(path): np.asarray(leaf) for path, leaf in leaves}
+
+    def step(
+        self, population: Slots, members: Sequence[Member | None], positions: Sequence[int]
+    ) -> tuple[Slots, Measured]:
+        """One micro-batch for every slot: slot k's is number positions[k] of its trial's."""
+        wanted = [
+            (-1, 0) if m is None else (m.config.train.seed, p)
+            for m, p in zip(members, positions, strict=True)
+        ]
+        if self._next is not None and self._next[0] == wanted:
+            batch = self._next[1].result()
+        else:
+            batch = self._batch(wanted)
+        coming = [(seed, p + 1) for seed, p in wanted]
+        self._next = (coming, self._feeder.submit(self._batch, coming))
+        programs = self._of(population)
+        population, measured = programs.step.result()(population, self._frozen, batch)
+        found = jax.device_get(measured)
+        weight = np.maximum(found.term.weight, 1)
+        return population, Measured(
+            found.term.total / weight, found.tokens, found.finite, found.lr, found.grad_norm
+        )
+
+    def evaluate(self, population: Slots) -> list[Score]:
+        """Scores of every slot on the held-out rows; infinite where a loss is not finite."""
+        width = len(population.position)
+        score = self._of(population).score.result()
+        total, weight, correct = np.zeros((3, width))
+        for batch in pipeline.eval_batches(self.eval, self._eval_rows(width)):
+            term = jax.device_get(score(population, self._frozen, self._on_mesh(batch)))
+            total, weight, correct = (
+                total + term.total,
+                weight + term.weight,
+                correct + term.correct,
+            )
+        losses = np.where(np.isfinite(total), total, np.inf) / weight
+        return [
+            Score(
+                float(loss),
+                math.exp(loss) if loss < 700 else math.inf,
+                float(right / count),
+                round(float(count)),
+            )
+            for loss, right, count in zip(losses, correct, weight, strict=True)
+        ]
+
+    def export_state(self, population: Slots, k: int, member: Member) -> TrainState:
+        """The trial in slot k as the state of a training of its own."""
+        saved = self.take(population, k)
+        config = replaced(member.config, {"train.steps": member.steps})
+        alone = assemble.assemble(config, self.folder, self._mesh)
+        program = setup.program(config, alone, member.steps)
+        wanted = setup.abstract_inputs(config, alone, program, self._mesh)[0]
+        layers = {
+            single: (path, i)
+            for path in self._given
+            for i, single in enumerate(tree.layer_paths(path))
+        }
+
+        def leaf(path: Any, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+            name, last = _name(path), getattr(path[-1], "key", "")
+            if name == "step":
+                found = saved["position"] // saved["every"]
+            elif last in alone.trained:
+                found = _restacked(saved, name.removesuffix(last), last, layers, wanted.shape)
+            else:
+                found = saved[name]
+            return jax.device_put(found.astype(wanted.dtype), wanted.sharding)
+
+        return jax.tree_util.tree_map_with_path(leaf, wanted)
+
+    def _by_layer(self, leaf: str, targets: Mapping[str, Spec], value, dtype):
+        """{path of this leaf of every adapter: the trial's own value, 0 where it has none}"""
+        found = {}
+        for path, shape in self._assembly.shapes.items():
+            if not path.endswith(leaf):
+                continue
+            specs = [targets.get(p.removesuffix(leaf)) for p in tree.layer_paths(path)]
+            values = np.asarray([0 if spec is None else value(spec) for spec in specs], dtype)
+            lead = shape.shape[:-2] if leaf == ".lora.A" else shape.shape
+            values = values.reshape(-1, *[1] * (len(lead) - 1)) if lead else values[0]
+            found[path] = np.broadcast_to(values, lead)
+        return found
+
+    def _arguments(self, member: Member) -> tuple[Any, ...]:
+        seed, every = np.uint32(member.config.train.seed), np.int32(member.every)
+        return self._given, member.ranks, member.scales, member.hyper, seed, every
+
+    def _new_slot(self, given, ranks, scales, hyper, seed, every) -> Slots:
+        fresh = assemble.initialiser(self.config, self._assembly)(seed)
+        keep = (".scale", ".magnitude")
+        if self.config.lora.init != "default":
+            keep += _ADAPTER  # those that are given
+        initial = given | {k: v for k, v in fresh.items() if k in given and not k.endswith(keep)}
+        return slots.new_slot(
+            self._program, initial, ranks, scales, hyper, seed, every, self._accumulates
+        )
+
+    def _abstract(self, width: int) -> Slots:
+        """Slots of this width as shapes in their places."""
+        parts = self._mesh.shape[sharding.TRIAL]
+        first = sharding.TRIAL if width % parts == 0 else None
+
+        def placed(path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            owner = self._given.get(getattr(path[-1], "key", ""))
+            rest: Any = ()
+            if owner is not None and owner.shape == leaf.shape:
+                rest = owner.sharding.spec  # type: ignore[attr-defined]  # all are NamedSharding
+            place = NamedSharding(self._mesh, P(first, *rest))
+            return jax.ShapeDtypeStruct((width, *leaf.shape), leaf.dtype, sharding=place)
+
+        return jax.tree_util.tree_map_with_path(placed, self._one)
+
+    def _build(self, width: int) -> Programs:
+        population = self._abstract(width)
+        places = jax.tree.map(lambda leaf: leaf.sharding, population)
+        batch, held = (
+            jax.tree.map(_abstract, self._on_mesh(rows.batch([0] * count)))
+            for rows, count in (
+                (self.train, width * self.micro),
+                (self.eval, self._eval_rows(width)),
+            )
+        )
+        frozen = jax.tree.map(_abstract, self._frozen)
+        k = np.int32(0)
+        step = partial(slots.micro_step, self._program)
+        return Programs(
+            self._compile(step, population, frozen, batch, out=(places, None), donate=0),
+            self._compile(partial(slots.score, self._program), population, frozen, held),
+            self._compile(slots.place, population, k, self._one, out=places, donate=0),
+            self._compile(slots.pick, population, k),
+        )
+
+    def _compile(self, function, *abstract: Any, out: Any = None, donate: int | None = None):
+        """A program, compiled in the background."""
+        options: dict[str, Any] = {} if out is None else {"out_shardings": out}
+        if donate is not None:
+            options["donate_argnums"] = donate
+        self.programs += 1
+
+        def build() -> Any:
+            with jax.set_mesh(self._mesh):
+                return jax.jit(lambda *args: function(*args), **options).lower(*abstract).compile()
+
+        return self._pool.submit(build)
+
+    def _of(self, population: Slots) -> Programs:
+        return self._programs[len(population.position)]
+
+    def _placed(self, population: Slots, k: int, one: Any) -> Slots:
+        return self._of(population).place.result()(population, np.int32(k), one)
+
+    def _eval_rows(self, width: int) -> int:
+        """Rows of an evaluation batch: as many in all as the widest population trains on."""
+        return self.micro * max(1, self.widths[0] // width)
+
+    def _batch(self, wanted: Sequence[tuple[int, int]]) -> Batch:
+        """The micro-batches (seed, position) one after another; those of no trial are empty."""
+        known: dict[tuple[int, int], Batch] = {}
+        for seed, position in wanted:
+            if (seed, position) not in known:
+                numbers = [] if seed < 0 else self._row_numbers(seed, position)
+                known[seed, position] = self.train.batch(numbers, size=self.micro)
+        parts = [known[each] for each in wanted]
+        return self._on_mesh(jax.tree.map(lambda *each: np.concatenate(each), *parts))
+
+    def _row_numbers(self, seed: int, position: int) -> list[int]:
+        if seed not in self._orders:
+            self._orders[seed] = pipeline.order(self.train, seed, self.config.data.shuffle)
+        order, first = self._orders[seed], position * self.micro
+        return [int(order[i]) for i in range(first, first + self.micro)]
+
+    def _on_mesh(self, batch: Batch) -> Batch:
+        place = NamedSharding(self._mesh, sharding.TOKENS)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index]), batch
+        )
+
+
+def open_engine(
+    config: Config,
+    points: Mapping[str, Sequence[Any]],
+    widths: Sequence[int] = (),
+    *,
+    fraction: float = 1.0,
+) -> Engine:
+    """Loads the base, reads the data and makes ready for trials that take values of `points`.
+
+    Trials share the base where only adapters are trained; else there is one slot.
+
+    Args:
+      points: {config key: all values of a choice, or the ends of a range}.
+      widths: numbers of slots that will be asked for; empty is as many as fit, and narrower ones.
+      fraction: of the training rows, drawn by the config's seed.
+    Raises:
+      ConfigError: no rows are held out, or settings that do not go together.
+      Failure: a model or data that cannot be read.
+    """
+    folder = files.resolve(config.model.path)
+    mesh = sharding.make_mesh(config.mesh)
+    micro, accumulates = _micro_batch(config, points)
+    setup.check_batch(replaced(config, {"train.batch_size": micro, "train.grad_accum": 1}), mesh)
+    config, assembly, train, held = _read(config, points, folder, mesh)
+    shared = _sharing(config, assembly)
+    if isinstance(shared, str):
+        say(f"one trial at a time: {shared}")
+        widths = (1,)
+    else:
+        widths = tuple(widths) or _widths(config, assembly, mesh, micro)
+        widths = tuple(w for w in widths if w % mesh.shape[sharding.TRIAL] == 0) or widths[:1]
+    resolved = aot.resolve_remat(_as_batch(config, widths[0] * micro), folder, mesh).model.remat
+    if resolved != config.model.remat:
+        config_of_program = replaced(config, {"model.remat": resolved})
+        assembly = assemble.assemble(config_of_program, folder, mesh, targets=assembly.targets)
+    program = setup.program(replaced(config, {"train.grad_accum": 1}), assembly, 1)._replace(
+        dropout=any(points.get("lora.dropout", (config.lora.dropout,))),
+        smoothing=any(points.get("train.label_smoothing", (config.train.label_smoothing,))),
+    )
+    if fraction < 1:
+        train = pipeline.subset(train, fraction, config.train.seed)
+        say(f"{len(train)} rows for the search, a part of {fraction:g} of all")
+    return Engine(config, assembly, mesh, program, micro, widths, train, held, accumulates)
+
+
+def _read(
+    config: Config, points: Mapping[str, Sequence[Any]], folder: Path, mesh: Mesh
+) -> tuple[Config, Assembly, Rows, Rows]:
+    """-> (config with what the data decided, widest model, training rows, held-out rows)."""
+    family, model = assemble.describe(config, folder)
+    config = setup.within_positions(config, model)
+    tokens = tokenizer.load_tokenizer(str(folder), model.vocab_size)
+    prepared = pipeline.prepare(config, tokens, say, setup.form(folder, model))
+    if prepared.eval is None:
+        raise ConfigError(
+            "a sweep compares trials on rows that none of them trains on, and there are none",
+            fix="--config.data.eval=FILE, or --config.data.eval_fraction=0.05",
+        )
+    config = replaced(config, {"data.labels": prepared.labels})
+    widest: dict[str, Spec] = {}
+    for trial in _lora_settings(config, points):
+        for path, spec in assemble.targets(trial, family, model).items():
+            other = widest.get(path, spec)
+            widest[path] = Spec(max(spec.rank, other.rank), spec.scale)
+    targets = widest if config.lora.r else None
+    return (
+        config,
+        assemble.assemble(config, folder, mesh, targets=targets),
+        prepared.train,
+        prepared.eval,
+    )
+
+
+def _lora_settings(config: Config, points: Mapping[str, Sequence[Any]]) -> list[Config]:
+    """A config for every combination of what decides on adapters' places and ranks."""
+    keys = [k for k in ("lora.r", "lora.target_modules", "lora.layers_to_transform") if k in points]
+    return [
+        replaced(config, dict(zip(keys, values, strict=True)))
+        for values in itertools.product(*(points[key] for key in keys))
+    ]
+
+
+def _micro_batch(config: Config, points: Mapping[str, Sequence[Any]]) -> tuple[int, bool]:
+    """(rows of a micro-batch, whether some trial needs several of them for a step)."""
+    batches = [config.train.batch_size, *points.get("train.batch_size", ())]
+    micro = math.gcd(config.train.batch_size // config.train.grad_accum, *batches)
+    return micro, max(batches) > micro
+
+
+def _sharing(config: Config, assembly: Assembly) -> str | None:
+    """Why trials cannot share the base in one program; None where they can."""
+    if not config.lora.r:
+        return "all weights are trained"
+    if config.task == "classify":
+        return "classifiers have heads of their own"
+    if assembly.model.experts is not None:
+        return "experts are shared out by all the tokens of a batch"
+    if config.lora.use_dora:
+        return "DoRA rescales the base's own weights"
+    if others := [path for path in assembly.trained if not path.endswith(_ADAPTER)]:
+        return f"{others[0]} is trained in full"
+    return None
+
+
+def _widths(config: Config, assembly: Assembly, mesh: Mesh, micro: int) -> tuple[int, ...]:
+    """As many slots as fit, then fewer by sweep.eta, down to one."""
+    parts = mesh.shape[sharding.TRIAL]
+    most = min(config.sweep.trials or _MOST, max(_MOST, parts))
+    most = max(1 << (most.bit_length() - 1), parts)
+    while most > parts and not _fits(config, assembly, mesh, micro, most):
+        most //= 2
+    found = [most]
+    while found[-1] > parts:
+        found.append(max(parts, found[-1] // config.sweep.eta))
+    return tuple(found)
+
+
+def _fits(config: Config, assembly: Assembly, mesh: Mesh, micro: int, width: int) -> bool:
+    """Whether so many slots fit a device, by the plan's own compile; on a CPU, by its estimate."""
+    wide = _as_batch(config, width * micro)
+    program = setup.program(wide, assembly, 1)
+    need = estimate.memory(wide, assembly, program, mesh)
+    own = (width // mesh.shape[sharding.TRIAL]) * (2 * need.adapters + need.optimizer)
+    if mesh.devices.flat[0].platform == "cpu":
+        return own + need.base + need.saved + need.working <= 2 * aot.cpu_share()
+    available = aot.memory_of(aot.own_device(mesh))
+    try:
+        compiled = aot.compile_step(wide, assembly, program, mesh)
+    except aot.OutOfMemory:
+        return False
+    return compiled.total + own <= (available or math.inf)
+
+
+def _as_batch(config: Config, rows: int) -> Config:
+    return replaced(config, {"train.batch_size": rows, "train.grad_accum": 1})
+
+
+def _restacked(
+    saved: Mapping[str, np.ndarray],
+    prefix: str,
+    path: str,
+    layers: Mapping[str, tuple[str, int]],
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    """A leaf of a training of its own from the population's wider ones, cut to its shape."""
+    if tree.layer_range(path) is None:
+        return saved[prefix + path]
+    singles = [layers[single] for single in tree.layer_paths(path)]
+    stacked = np.stack([saved[prefix + stack][i] for stack, i in singles])
+    return stacked[tuple(slice(size) for size in shape)]
+
+
+def _abstract(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
