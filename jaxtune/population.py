@@ -7,7 +7,7 @@ alone, so those of trials with the same seed are the same rows: what they differ
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,41 +16,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from jaxtune import aot, assemble, estimate, optim, setup, sharding, slots, tree
+from jaxtune import aot, assemble, estimate, setup, sharding, slots, tree
 from jaxtune.assemble import Assembly
-from jaxtune.config import VARIES, Config, dotted, replaced
+from jaxtune.config import Config, replaced
 from jaxtune.console import say
 from jaxtune.data import pipeline
 from jaxtune.data.packing import Batch, Rows
 from jaxtune.errors import ConfigError
 from jaxtune.hf import files, tokenizer
+from jaxtune.members import ADAPTER, Layout, Member
 from jaxtune.models.adapter import Spec
 from jaxtune.scoring import Score
 from jaxtune.slots import Slots
-from jaxtune.step import Program, TrainState
+from jaxtune.step import TrainState
 
-_MAY = (*VARIES, "train.grad_accum")  # differ in one population
-_ADAPTER = (".lora.A", ".lora.B")
 _MOST = 16  # slots, where nobody says how many
-
-
-class Member(NamedTuple):
-    """A trial, as its config has it."""
-
-    config: Config
-    steps: int  # optimizer steps of its whole training
-    every: int  # micro-batches a step
-    hyper: dict[str, np.float32]  # optim.hyperparameters
-    ranks: dict[str, np.ndarray]  # {path of A: by layer}
-    scales: dict[str, np.ndarray]
-
-    @property
-    def positions(self) -> int:
-        """Micro-batches of the whole training."""
-        return self.steps * self.every
 
 
 class Measured(NamedTuple):
@@ -76,34 +59,22 @@ class Programs:
 class Engine:
     """See `open_engine`. Slots are opaque; each call gives new ones and takes the old ones away."""
 
-    def __init__(
-        self,
-        config: Config,
-        assembly: Assembly,
-        mesh: Mesh,
-        program: Program,
-        micro: int,
-        widths: tuple[int, ...],
-        train: Rows,
-        held: Rows,
-        accumulates: bool,
-    ):
-        self.config, self.folder, self.micro, self.widths = config, assembly.folder, micro, widths
-        self.train, self.eval = train, held
-        self._assembly, self._mesh, self._program = assembly, mesh, program
-        self._accumulates = accumulates
-        state, frozen = setup.initial(config, assembly, program, mesh)
-        self._given = state.trainable
-        self._frozen = {k: v for k, v in frozen.items() if not k.endswith(".lora.scale")}
+    def __init__(self, layout: Layout, widths: tuple[int, ...], train: Rows, held: Rows):
+        self.config, self.folder = layout.config, layout.assembly.folder
+        self.micro, self.widths, self.train, self.eval = layout.micro, widths, train, held
+        self._layout, self._mesh = layout, layout.mesh
+        state, frozen = setup.initial(layout.config, layout.assembly, layout.program, layout.mesh)
+        self._given, self._frozen = state.trainable, layout.without_scales(frozen)
         self._orders: dict[int, Any] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
         self._feeder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._next: tuple[Any, Future[Batch]] | None = None
         self.programs = 0  # compiled so far
-        own = self.member(config)
-        self._new = self._compile(self._new_slot, *jax.tree.map(_abstract, self._arguments(own)))
-        self._one = jax.eval_shape(self._new_slot, *self._arguments(own))
+        arguments = layout.arguments(self.member(self.config), self._given)
+        self._places = jax.tree.map(lambda leaf: leaf.sharding, layout.one)  # of one trial
+        new = jax.jit(layout.new_slot, out_shardings=self._places)
         self._programs = {width: self._build(width) for width in widths}
+        self._new = self._compile(lambda: new.lower(*jax.tree.map(_abstract, arguments)))
 
     @property
     def rows(self) -> int:
@@ -117,50 +88,19 @@ class Engine:
         return round(rows * self.train.real_tokens / len(self.train))
 
     def member(self, config: Config) -> Member:
-        """A trial of this population.
-
-        Raises:
-          ConfigError: it differs in more than VARIES, or its batch is not made of micro-batches.
-        """
-        own, theirs = dotted(self.config.to_dict()), dotted(config.to_dict())
-        for key in own.keys() | theirs.keys():
-            if key in _MAY or key.startswith(("sweep.", "checkpoint.", "eval.")):
-                continue
-            if own.get(key) != theirs.get(key):
-                raise ConfigError(
-                    f"{key} is {theirs.get(key)!r} in a trial and {own.get(key)!r} in its "
-                    "population",
-                    fix=f"of {', '.join(VARIES)}",
-                )
-        batch = config.train.batch_size
-        if batch % self.micro:
-            raise ConfigError(
-                f"train.batch_size {batch} is no multiple of {self.micro} rows, the population's "
-                "micro-batch",
-                fix=f"a multiple of {self.micro}",
-            )
-        steps = config.train.steps or math.ceil(config.train.epochs * self.rows / batch)
-        hyper = optim.hyperparameters(config, steps)
-        targets = assemble.targets(config, self._assembly.family, self._assembly.model)
-        return Member(
-            config,
-            steps,
-            batch // self.micro,
-            {name: np.float32(value) for name, value in hyper.items()},
-            self._by_layer(".lora.A", targets, lambda spec: spec.rank, np.int32),
-            self._by_layer(".lora.scale", targets, lambda spec: spec.scale, np.float32),
-        )
+        """A trial of this population; see `Layout.member`."""
+        return self._layout.member(config, self.rows)
 
     def empty(self, width: int) -> Slots:
         """Slots without a trial; they must be filled before they are stepped in earnest."""
         return jax.tree.map(
             lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
-            self._abstract(width),
+            self._layout.population(width),
         )
 
     def start(self, population: Slots, k: int, member: Member) -> Slots:
         """A trial from its beginning in slot k."""
-        one = self._new.result()(*self._arguments(member))
+        one = self._new.result()(*self._layout.arguments(member, self._given))
         return self._placed(population, k, one)
 
     def put(
@@ -168,9 +108,10 @@ class Engine:
     ) -> Slots:
         """A trial as `take` gave it in slot k."""
         del member  # all of it is in what was saved
-        leaves, treedef = jax.tree.flatten_with_path(self._one)
+        leaves, treedef = jax.tree.flatten_with_path(self._layout.one)
         found = [saved[_name(path)] for path, _ in leaves]
-        return self._placed(population, k, jax.tree.unflatten(treedef, found))
+        one = jax.device_put(jax.tree.unflatten(treedef, found), self._places)
+        return self._placed(population, k, one)
 
     def take(self, population: Slots, k: int) -> dict[str, np.ndarray]:
         """All that makes up the trial in slot k, by name."""
@@ -248,78 +189,29 @@ class Engine:
 
         return jax.tree_util.tree_map_with_path(leaf, wanted)
 
-    def _by_layer(self, leaf: str, targets: Mapping[str, Spec], value, dtype):
-        """{path of this leaf of every adapter: the trial's own value, 0 where it has none}"""
-        found = {}
-        for path, shape in self._assembly.shapes.items():
-            if not path.endswith(leaf):
-                continue
-            specs = [targets.get(p.removesuffix(leaf)) for p in tree.layer_paths(path)]
-            values = np.asarray([0 if spec is None else value(spec) for spec in specs], dtype)
-            lead = shape.shape[:-2] if leaf == ".lora.A" else shape.shape
-            values = values.reshape(-1, *[1] * (len(lead) - 1)) if lead else values[0]
-            found[path] = np.broadcast_to(values, lead)
-        return found
-
-    def _arguments(self, member: Member) -> tuple[Any, ...]:
-        seed, every = np.uint32(member.config.train.seed), np.int32(member.every)
-        return self._given, member.ranks, member.scales, member.hyper, seed, every
-
-    def _new_slot(self, given, ranks, scales, hyper, seed, every) -> Slots:
-        fresh = assemble.initialiser(self.config, self._assembly)(seed)
-        keep = (".scale", ".magnitude")
-        if self.config.lora.init != "default":
-            keep += _ADAPTER  # those that are given
-        initial = given | {k: v for k, v in fresh.items() if k in given and not k.endswith(keep)}
-        return slots.new_slot(
-            self._program, initial, ranks, scales, hyper, seed, every, self._accumulates
-        )
-
-    def _abstract(self, width: int) -> Slots:
-        """Slots of this width as shapes in their places."""
-        parts = self._mesh.shape[sharding.TRIAL]
-        first = sharding.TRIAL if width % parts == 0 else None
-
-        def placed(path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            owner = self._given.get(getattr(path[-1], "key", ""))
-            rest: Any = ()
-            if owner is not None and owner.shape == leaf.shape:
-                rest = owner.sharding.spec  # type: ignore[attr-defined]  # all are NamedSharding
-            place = NamedSharding(self._mesh, P(first, *rest))
-            return jax.ShapeDtypeStruct((width, *leaf.shape), leaf.dtype, sharding=place)
-
-        return jax.tree_util.tree_map_with_path(placed, self._one)
-
     def _build(self, width: int) -> Programs:
-        population = self._abstract(width)
+        layout, length = self._layout, self.train.width
+        population, k = layout.population(width), np.int32(0)
         places = jax.tree.map(lambda leaf: leaf.sharding, population)
-        batch, held = (
-            jax.tree.map(_abstract, self._on_mesh(rows.batch([0] * count)))
-            for rows, count in (
-                (self.train, width * self.micro),
-                (self.eval, self._eval_rows(width)),
-            )
-        )
         frozen = jax.tree.map(_abstract, self._frozen)
-        k = np.int32(0)
-        step = partial(slots.micro_step, self._program)
+        held = layout.batch(self._eval_rows(width), self.eval.width)
+        score = jax.jit(partial(slots.score, layout.program))
+        place = jax.jit(slots.place, donate_argnums=0, out_shardings=places)
+        pick = jax.jit(slots.pick, out_shardings=self._places)
         return Programs(
-            self._compile(step, population, frozen, batch, out=(places, None), donate=0),
-            self._compile(partial(slots.score, self._program), population, frozen, held),
-            self._compile(slots.place, population, k, self._one, out=places, donate=0),
-            self._compile(slots.pick, population, k),
+            self._compile(lambda: layout.step(width, length)),
+            self._compile(lambda: score.lower(population, frozen, held)),
+            self._compile(lambda: place.lower(population, k, layout.one)),
+            self._compile(lambda: pick.lower(population, k)),
         )
 
-    def _compile(self, function, *abstract: Any, out: Any = None, donate: int | None = None):
+    def _compile(self, lower: Callable[[], jax.stages.Lowered]) -> Future[Any]:
         """A program, compiled in the background."""
-        options: dict[str, Any] = {} if out is None else {"out_shardings": out}
-        if donate is not None:
-            options["donate_argnums"] = donate
         self.programs += 1
 
         def build() -> Any:
             with jax.set_mesh(self._mesh):
-                return jax.jit(lambda *args: function(*args), **options).lower(*abstract).compile()
+                return lower().compile()
 
         return self._pool.submit(build)
 
@@ -378,27 +270,39 @@ def open_engine(
     folder = files.resolve(config.model.path)
     mesh = sharding.make_mesh(config.mesh)
     micro, accumulates = _micro_batch(config, points)
-    setup.check_batch(replaced(config, {"train.batch_size": micro, "train.grad_accum": 1}), mesh)
+    # The fewest slots there can be are one for each part of the trial axis.
+    setup.check_batch(_as_batch(config, micro * mesh.shape[sharding.TRIAL]), mesh)
     config, assembly, train, held = _read(config, points, folder, mesh)
+    layout = _layout(config, assembly, mesh, micro, accumulates, points)
     shared = _sharing(config, assembly)
-    if isinstance(shared, str):
+    if shared is not None:
         say(f"one trial at a time: {shared}")
         widths = (1,)
     else:
-        widths = tuple(widths) or _widths(config, assembly, mesh, micro)
-        widths = tuple(w for w in widths if w % mesh.shape[sharding.TRIAL] == 0) or widths[:1]
-    resolved = aot.resolve_remat(_as_batch(config, widths[0] * micro), folder, mesh).model.remat
-    if resolved != config.model.remat:
-        config_of_program = replaced(config, {"model.remat": resolved})
-        assembly = assemble.assemble(config_of_program, folder, mesh, targets=assembly.targets)
-    program = setup.program(replaced(config, {"train.grad_accum": 1}), assembly, 1)._replace(
-        dropout=any(points.get("lora.dropout", (config.lora.dropout,))),
-        smoothing=any(points.get("train.label_smoothing", (config.train.label_smoothing,))),
-    )
+        widths = tuple(widths) or _widths(layout, train.width)
+        parts = mesh.shape[sharding.TRIAL]
+        widths = tuple(w for w in widths if w % parts == 0) or (parts,)
+    layout = _with_remat(layout, widths[0])
     if fraction < 1:
         train = pipeline.subset(train, fraction, config.train.seed)
         say(f"{len(train)} rows for the search, a part of {fraction:g} of all")
-    return Engine(config, assembly, mesh, program, micro, widths, train, held, accumulates)
+    return Engine(layout, widths, train, held)
+
+
+def _layout(config, assembly, mesh, micro, accumulates, points) -> Layout:
+    program = setup.program(_as_batch(config, micro), assembly, 1)._replace(
+        dropout=any(points.get("lora.dropout", (config.lora.dropout,))),
+        smoothing=any(points.get("train.label_smoothing", (config.train.label_smoothing,))),
+    )
+    return Layout(config, assembly, mesh, program, micro, accumulates)
+
+
+def _with_remat(layout: Layout, width: int) -> Layout:
+    """model.remat=auto as it is for so many trials; members keep the config's word."""
+    wide = _as_batch(layout.config, width * layout.micro)
+    assembly = aot.resolve_remat(wide, layout.assembly, layout.mesh)[1]
+    program = layout.program._replace(graphdef=assembly.graphdef)
+    return dataclasses.replace(layout, assembly=assembly, program=program)
 
 
 def _read(
@@ -455,38 +359,40 @@ def _sharing(config: Config, assembly: Assembly) -> str | None:
         return "experts are shared out by all the tokens of a batch"
     if config.lora.use_dora:
         return "DoRA rescales the base's own weights"
-    if others := [path for path in assembly.trained if not path.endswith(_ADAPTER)]:
+    if others := [path for path in assembly.trained if not path.endswith(ADAPTER)]:
         return f"{others[0]} is trained in full"
     return None
 
 
-def _widths(config: Config, assembly: Assembly, mesh: Mesh, micro: int) -> tuple[int, ...]:
+def _widths(layout: Layout, length: int) -> tuple[int, ...]:
     """As many slots as fit, then fewer by sweep.eta, down to one."""
-    parts = mesh.shape[sharding.TRIAL]
-    most = min(config.sweep.trials or _MOST, max(_MOST, parts))
+    parts, asked = layout.mesh.shape[sharding.TRIAL], layout.config.sweep
+    most = min(asked.trials or _MOST, max(_MOST, parts))
     most = max(1 << (most.bit_length() - 1), parts)
-    while most > parts and not _fits(config, assembly, mesh, micro, most):
+    while most > parts and not fits(layout, most, length):
         most //= 2
     found = [most]
     while found[-1] > parts:
-        found.append(max(parts, found[-1] // config.sweep.eta))
+        found.append(max(parts, found[-1] // asked.eta))
     return tuple(found)
 
 
-def _fits(config: Config, assembly: Assembly, mesh: Mesh, micro: int, width: int) -> bool:
-    """Whether so many slots fit a device, by the plan's own compile; on a CPU, by its estimate."""
-    wide = _as_batch(config, width * micro)
-    program = setup.program(wide, assembly, 1)
-    need = estimate.memory(wide, assembly, program, mesh)
-    own = (width // mesh.shape[sharding.TRIAL]) * (2 * need.adapters + need.optimizer)
-    if mesh.devices.flat[0].platform == "cpu":
-        return own + need.base + need.saved + need.working <= 2 * aot.cpu_share()
-    available = aot.memory_of(aot.own_device(mesh))
-    try:
-        compiled = aot.compile_step(wide, assembly, program, mesh)
-    except aot.OutOfMemory:
-        return False
-    return compiled.total + own <= (available or math.inf)
+def fits(layout: Layout, width: int, length: int) -> bool:
+    """Whether so many slots fit a device: their step is compiled for it; on a CPU, an estimate."""
+    if layout.mesh.devices.flat[0].platform != "cpu":
+        try:
+            compiled = layout.step(width, length).compile().memory_analysis()
+        except JaxRuntimeError as error:
+            if not aot.read_out_of_memory(str(error))[0]:
+                raise
+            return False
+        assert compiled is not None, "every accelerator reports its memory"
+        need = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
+        return need <= (aot.memory_of(aot.own_device(layout.mesh)) or math.inf)
+    wide = _as_batch(layout.config, width * layout.micro)
+    need = estimate.memory(wide, layout.assembly, layout.program, layout.mesh)
+    own = width * (2 * need.adapters + need.optimizer)
+    return own + need.base + need.saved + need.working <= 2 * aot.cpu_share()
 
 
 def _as_batch(config: Config, rows: int) -> Config:

@@ -195,6 +195,7 @@ GROUPS = {
     "replica_groups=[4,2]<=[2,4]T(1,0), use": [0, 4],
     "replica_groups=mesh['a'=2,'b'=4] {'a'}, use": [0, 4],
     "replica_groups=mesh['a'=8,'b'=1] {'a','b'}, use": [0, 1, 2, 3, 4, 5, 6, 7],
+    "replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}, use": [0, 1],
     "replica_groups={}, use": [0, 1, 2, 3, 4, 5, 6, 7],
 }
 

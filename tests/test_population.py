@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jaxtune import config as configs
 from jaxtune import population, sharding, train
@@ -15,6 +16,7 @@ from jaxtune.checkpoint import best_step, restore
 from jaxtune.config import Config, replaced
 from jaxtune.errors import ConfigError
 from jaxtune.metrics import read_metrics
+from jaxtune.plan.hlo_text import replica_group
 from jaxtune.setup import abstract
 from jaxtune.slots import Slots
 from tests import tiny
@@ -208,4 +210,24 @@ def test_unused_slots_and_diverging_neighbours_change_nothing(folder, engine):
     wild = replaced(base(folder), {"optim.lr": 1e9, "optim.clip_norm": 0.0})
     _, loud = run(engine, [trial, wild], 8)
     assert loud[0] == quiet[0]
-    assert loud[1][-1] > 2 * loud[0][-1]
+    assert loud[1][-1] > loud[0][-1] + 0.5
+
+
+def test_a_mesh_cuts_the_population_and_nothing_travels_between_its_parts(folder):
+    config = base(folder, mesh__trial=4, mesh__fsdp=2)
+    devices = jax.devices()[:8]
+    with pytest.MonkeyPatch.context() as patch:
+        mesh = Mesh(np.asarray(devices).reshape(1, 4, 1, 2, 1, 1, 1), sharding.AXES)
+        patch.setattr(sharding, "make_mesh", lambda _: mesh)
+        cut = population.open_engine(config, points(config), (8,))
+        trials = [replaced(config, trial | {"train.label_smoothing": 0.1}) for trial in TRIALS]
+        _, found = run(cut, trials, 8)
+        text = cut._programs[8].step.result().as_text()
+    collectives = [line for line in text.splitlines() if "replica_groups=" in line]
+    assert len(collectives) > 5
+    for line in collectives:  # devices 2k and 2k + 1 are one part
+        assert len({device // 2 for device in replica_group(line, 8)}) == 1, line
+    whole = population.open_engine(base(folder), points(base(folder)), (8,))
+    alone = [replaced(base(folder), trial | {"train.label_smoothing": 0.1}) for trial in TRIALS]
+    for one, other in zip(found, run(whole, alone, 8)[1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)

@@ -1,5 +1,6 @@
 """Look-up and loss over the vocabulary beside jax.nn.log_softmax: values, gradients, meshes."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -81,6 +82,51 @@ def test_soft_cap(wanted):
     uncapped = measured(plain, given, wanted)
     assert float(found[1]) == pytest.approx(float(uncapped[1]))
     assert abs(float(found[0]) - float(uncapped[0])) > 1
+
+
+def smoothed(x_BTD, head_VD, targets_BT, weights_BT, share_B):
+    """(loss, correct) as torch.nn.CrossEntropyLoss(label_smoothing=...) has it, by row."""
+    logp_BTV = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", x_BTD, head_VD))
+    own_BT = jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    share_B1 = share_B[:, None]
+    mixed_BT = (1 - share_B1) * own_BT + share_B1 * logp_BTV.mean(axis=-1)
+    return -jnp.sum(weights_BT * mixed_BT), plain(x_BTD, head_VD, targets_BT, weights_BT)[1]
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2 fsdp=4"])
+@pytest.mark.parametrize("wanted", [(0,), (0, 1)], ids=["frozen head", "trained"])
+def test_label_smoothing_of_every_row(wanted, mesh):
+    given, share_B = inputs(48), jnp.linspace(0, 0.4, ROWS)
+    expected = measured(partial(smoothed, share_B=share_B), given, wanted)
+
+    def found(*given):
+        loss, correct = token_loss(*given, smoothing_B=share_B)
+        return loss, correct
+
+    if mesh is None:
+        assert_close(measured(found, given, wanted), expected)
+    else:
+        with jax.set_mesh(sharding.make_mesh(MESHES[mesh])):
+            assert_close(measured(found, given, wanted), expected)
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(trial=2, data=2, fsdp=2), MeshConfig(fsdp=8)])
+def test_trials_that_share_a_batch_have_sums_and_gradients_of_their_own(mesh):
+    given = inputs(48)
+    halves = [tuple(a[half] if a.shape[0] == ROWS else a for a in given)
+              for half in (slice(0, ROWS // 2), slice(ROWS // 2, ROWS))]  # fmt: skip
+    expected = [measured(plain, (h[0], given[1], *h[2:]), (0,)) for h in halves]
+
+    def found(*given):
+        loss, correct = token_loss(*given, trials=2)
+        return 2 * loss[0] + 3 * loss[1], (loss, correct)
+
+    with jax.set_mesh(sharding.make_mesh(mesh)) if mesh else nullcontext():
+        (_, (loss, correct)), dx_BTD = jax.jit(jax.value_and_grad(found, 0, has_aux=True))(*given)
+    for k, (factor, (own, right, own_dx)) in enumerate(zip((2, 3), expected, strict=True)):
+        assert_close([loss[k], correct[k]], [own, right])
+        rows = slice(k * ROWS // 2, (k + 1) * ROWS // 2)
+        np.testing.assert_allclose(dx_BTD[rows], factor * own_dx, rtol=2e-5, atol=4e-5)
 
 
 @pytest.mark.parametrize("rows", [7, 10, 50])  # of the vocabulary in a block, at most

@@ -118,11 +118,15 @@ def replica_group(rest: str, devices: int) -> list[int]:
         if match[4]:
             order = order.transpose(_ints(match[4]))
         return [int(d) for d in order.reshape(-1)[: int(match[2])]]
-    match = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*(?:\([^)]*\)\s*)?\{([^}]*)\}", rest)
+    match = re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{([^}]*)\}", rest)
     if match is not None:
         sizes = {name: int(n) for name, n in re.findall(r"'?([\w]+)'?=(\d+)", match[1])}
-        chosen = re.findall(r"'([\w]+)'", match[2])
-        order = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        chosen = re.findall(r"'([\w]+)'", match[3])
+        order = np.arange(math.prod(sizes.values()))
+        ids = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", match[2])
+        if ids is not None:
+            order = order.reshape(_ints(ids[1])).transpose(_ints(ids[2]) if ids[2] else None)
+        order = order.reshape(tuple(sizes.values()))
         index = tuple(slice(None) if name in chosen else 0 for name in sizes)
         return [int(d) for d in np.ravel(order[index])]
     return list(range(devices))
