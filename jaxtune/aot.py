@@ -8,8 +8,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +21,10 @@ from jaxtune import assemble, estimate, setup
 from jaxtune.assemble import Assembly
 from jaxtune.config import Config, replaced
 from jaxtune.console import say
+from jaxtune.data.packing import Batch
 from jaxtune.errors import ConfigError
 from jaxtune.models.stacks import REMAT
-from jaxtune.step import Program, jit_train
+from jaxtune.step import Program, jit_eval, jit_train
 
 GIB = 2**30
 
@@ -115,6 +116,62 @@ def compile_step(
     return compiled
 
 
+def steps(
+    config: Config,
+    assembly: Assembly,
+    program: Program,
+    mesh: Mesh,
+    widths: tuple[int, int | None],
+    *,
+    resumes: bool = False,
+) -> tuple[Callable, Callable]:
+    """`jit_train` and `jit_eval` of a run, which compile while its weights are read.
+
+    Args:
+      widths: slots of a training row, and of one held out; None where there are none.
+      resumes: it trains before it evaluates, and so that step comes first.
+    """
+    state, frozen, _ = setup.abstract_inputs(config, assembly, program, mesh)
+
+    def batch(width: int) -> Batch:
+        return setup.abstract_batch(config, assembly, mesh, width)
+
+    train = (jit_train(program, state), (state, frozen, batch(widths[0])))
+    if widths[1] is None:
+        return ahead(mesh, train)[0], jit_eval(program)
+    evaluation = (jit_eval(program), (state.trainable, frozen, batch(widths[1])))
+    if resumes:
+        train_step, eval_step = ahead(mesh, train, evaluation)
+    else:
+        eval_step, train_step = ahead(mesh, evaluation, train)
+    return train_step, eval_step
+
+
+def ahead(mesh: Mesh, *programs: tuple[Callable, tuple[Any, ...]]) -> list[Callable]:
+    """Jitted functions, which a thread compiles one after another for the shapes beside each.
+
+    What jax has compiled it finds again, so a call waits for the thread and computes. Where its
+    inputs turn out others it compiles for itself; what fails here, fails again and aloud there.
+    """
+
+    def compile(jitted: Callable, shapes: tuple[Any, ...]) -> None:
+        with jax.set_mesh(mesh):
+            jitted.lower(*shapes).compile()
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
+
+    def waiting(jitted: Callable, shapes: tuple[Any, ...]) -> Callable:
+        done = thread.submit(compile, jitted, shapes)
+
+        def call(*args: Any) -> Any:
+            wait((done,))
+            return jitted(*args)
+
+        return call
+
+    return [waiting(*program) for program in programs]
+
+
 def largest(config: Config, assembly: Assembly, program: Program, mesh: Mesh) -> tuple[Buffer, ...]:
     """What takes most memory of a device, by name, largest first, counted and not compiled.
 
@@ -196,28 +253,23 @@ def memory_of(device: Any) -> int:
     return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 
-def resolve_remat(config: Config, folder: Path, mesh: Mesh) -> Config:
+def resolve_remat(config: Config, assembly: Assembly, mesh: Mesh) -> tuple[Config, Assembly]:
     """model.remat=auto becomes the policy that recomputes least and fits; others come back as is.
 
     On a CPU nothing is compiled for it: what is kept may take a quarter of the machine's memory.
 
-    Args:
-      folder: of the base; its config.json is all that is read.
     Raises:
       OutOfMemory: not even the smallest policy fits.
     """
     if config.model.remat != "auto":
-        return config
-    candidates = remat_candidates(config, folder, mesh)
-    if mesh.devices.flat[0].platform == "cpu":
-        return next(candidates)
+        return config, assembly
     tried: OutOfMemory | None = None
-    for candidate in candidates:
-        assembly = assemble.assemble(candidate, folder, mesh, weights=False)
+    for candidate in remat_candidates(config, assembly, mesh):
+        changed = assemble.with_remat(assembly, candidate.model.remat)
+        if mesh.devices.flat[0].platform == "cpu":
+            return candidate, changed
         try:
-            compiled = compile_step(
-                candidate, assembly, setup.program(candidate, assembly, 1), mesh
-            )
+            compiled = compile_step(candidate, changed, setup.program(candidate, changed, 1), mesh)
         except OutOfMemory as error:
             tried = error
             continue
@@ -225,20 +277,19 @@ def resolve_remat(config: Config, folder: Path, mesh: Mesh) -> Config:
             f"model.remat=auto is {candidate.model.remat} here: {compiled.total / GIB:.2f} GiB a "
             f"device, compiled in {compiled.seconds_lower + compiled.seconds_compile:.0f} s"
         )
-        return candidate
+        return candidate, changed
     assert tried is not None, "the last policy is always tried"
     raise tried
 
 
-def remat_candidates(config: Config, folder: Path, mesh: Mesh) -> Iterator[Config]:
+def remat_candidates(config: Config, assembly: Assembly, mesh: Mesh) -> Iterator[Config]:
     """What model.remat=auto may be, from the fastest on, without those that cannot fit."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     policies = [policy for policy in REMAT if not (on_cpu and policy == "offload")]
     available = cpu_share() if on_cpu else memory_of(own_device(mesh))
+    program = setup.program(config, assembly, steps=1)
     for policy in policies:
         candidate = replaced(config, {"model.remat": policy})
-        assembly = assemble.assemble(candidate, folder, mesh, weights=False)
-        program = setup.program(candidate, assembly, steps=1)
         least = estimate.memory(candidate, assembly, program, mesh)
         if policy == policies[-1] or least.arguments + least.saved <= (available or math.inf):
             yield candidate

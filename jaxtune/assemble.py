@@ -1,7 +1,7 @@
 """From a config to a model in its place: its leaves, who trains them, where they live."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,13 @@ def assemble(
     )
 
 
+def with_remat(assembly: Assembly, policy: str) -> Assembly:
+    """The same leaves in a model whose backward pass recomputes what `policy` says."""
+    model = tree.merge(assembly.graphdef, assembly.shapes)
+    model.remat = policy
+    return replace(assembly, graphdef=tree.split(model)[0])
+
+
 def targets(config: Config, family: Family, model: LayerConfig) -> dict[str, Spec]:
     """Rank and scale of the projections that get an adapter, {path of one layer's: spec}."""
     leaves = load.leaves_of(model)
@@ -121,22 +128,21 @@ def targets(config: Config, family: Family, model: LayerConfig) -> dict[str, Spe
     return lora.targets(config.lora, _modules(family, leaves), _projections(heads))
 
 
-def fresh(config: Config, assembly: Assembly) -> dict[str, jax.Array]:
-    """New adapters and heads, placed; B is zero, so the model equals its base exactly."""
-    wanted = {path: s for path, s in assembly.shapes.items() if _is_fresh(assembly, path)}
+def fresh(config: Config, assembly: Assembly, known: Collection[str] = ()) -> dict[str, jax.Array]:
+    """New adapters and heads but those `known`, placed; B is zero: the model equals its base."""
+    init = initialiser(config, assembly, known)
+    places = {path: assembly.shapes[path].sharding for path in _new(assembly, known)}
+    if not places:
+        return {}
     # Only these are asked for, so the compiler never makes the base.
-    init = jax.jit(
-        initialiser(config, assembly),
-        out_shardings={path: s.sharding for path, s in wanted.items()},
-    )
-    return init(assembly.seed)
+    return jax.jit(init, out_shardings=places)(assembly.seed)
 
 
 def initialiser(
-    config: Config, assembly: Assembly
+    config: Config, assembly: Assembly, known: Collection[str] = ()
 ) -> Callable[[int | jax.Array], dict[str, jax.Array]]:
-    """Seed -> new adapters and heads, for jit; a traced seed will do."""
-    wanted = {path: s for path, s in assembly.shapes.items() if _is_fresh(assembly, path)}
+    """Seed -> new adapters and heads but those `known`, for jit; a traced seed will do."""
+    wanted = {path: assembly.shapes[path] for path in _new(assembly, known)}
     runs = _stacks_of(assembly)
 
     def init(seed: int | jax.Array) -> dict[str, jax.Array]:
@@ -148,7 +154,8 @@ def initialiser(
 
 def base(assembly: Assembly) -> dict[str, jax.Array]:
     """The base checkpoint's leaves, placed; trained ones in float32."""
-    wanted = {path: s for path, s in assembly.shapes.items() if not _is_fresh(assembly, path)}
+    new = set(_new(assembly))
+    wanted = {path: s for path, s in assembly.shapes.items() if path not in new}
     return load.load_params(
         assembly.folder, assembly.family, assembly.model, wanted, assembly.quantized
     )
@@ -180,8 +187,10 @@ def _quantize(
     return found
 
 
-def _is_fresh(assembly: Assembly, path: str) -> bool:
-    return ".lora." in path or path in assembly.new
+def _new(assembly: Assembly, known: Collection[str] = ()) -> list[str]:
+    """Paths of leaves that no checkpoint gives."""
+    new = (path for path in assembly.shapes if ".lora." in path or path in assembly.new)
+    return [path for path in new if path not in known]
 
 
 def describe(config: Config, folder: Path) -> tuple[Family, LayerConfig]:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, NoReturn
 
 from jaxtune import __version__, flags
 from jaxtune.errors import ConfigError, Failure
+
+_BEGAN = time.monotonic()  # what a budget of time counts from
 
 _EPILOG = """\
 config overrides: --config.KEY=VALUE, such as --config.optim.lr=1e-4 --config.train.epochs=2
@@ -129,14 +132,37 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any
     from jaxtune import heap
 
     heap.keep_freed()  # before jax starts its threads
+    heap.pause_collector()
     from jaxtune.console import say
     from jaxtune.train import fit
 
-    result = fit(config, _workdir(args))
+    result = fit(config, _workdir(args), clock=lambda: time.monotonic() - _BEGAN)
     if result["loss_before"] is not None:
         say(f"evaluation loss {result['loss_before']:.4f} -> {result['loss_after']:.4f}")
     say(f"done: {result['steps']} steps in {args.workdir}; next: "
         f"jaxtune export --workdir={args.workdir} --format=hf --out=DIR")  # fmt: skip
+    return result
+
+
+def _sweep(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
+    budget = {} if args.budget is None else {"sweep.budget": args.budget}
+    config = _config(args, overrides | budget)
+    from jaxtune import heap
+
+    heap.keep_freed()  # before jax starts its threads
+    from jaxtune.console import say
+
+    if args.ray:
+        from jaxtune.sweep import cluster
+
+        result = cluster.search(config, _workdir(args), args.ray)
+    else:
+        from jaxtune.sweep.command import search
+
+        result = search(config, _workdir(args), clock=lambda: time.monotonic() - _BEGAN)
+    if "best" in result:
+        say(f"done: held-out loss {result['loss']:.4f} in {result['best']}; again with "
+            f"jaxtune train --config={result['config']} --workdir=DIR")  # fmt: skip
     return result
 
 
@@ -242,7 +268,8 @@ def _plan(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]
 def _doctor(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
     from jaxtune import doctor
 
-    lines = doctor.examine()
+    kinds = flags.GENERATIONS if args.chip == "all" else [args.chip] if args.chip else []
+    lines = doctor.examine(kinds=kinds)
     if not args.json:
         doctor.show(lines)
     try:
@@ -292,6 +319,22 @@ _VERBS: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, dict[str, 
         _train,
         "fine-tune; goes on from the workdir's newest checkpoint",
         _CONFIG | _WORKDIR,
+    ),
+    "sweep": (
+        _sweep,
+        "search hyperparameters; goes on with what is in the workdir, also from several machines",
+        _CONFIG
+        | _WORKDIR
+        | {
+            "--budget": {
+                "metavar": "AMOUNT",
+                "help": "24h, 90m, '64 chip-hours', '500M tokens' (default: sweep.budget)",
+            },
+            "--ray": {
+                "metavar": "ADDRESS",
+                "help": "a worker on every node of this Ray cluster: auto, or HOST:6379",
+            },
+        },
     ),
     "eval": (
         _eval,
@@ -352,7 +395,16 @@ _VERBS: dict[str, tuple[Callable[..., dict[str, Any]], str, dict[str, dict[str, 
         },
     ),
     "data": (_data, "what the model will see: masks, lengths, packing, rejects", _CONFIG),
-    "doctor": (_doctor, "what this machine and installation can do, and what is amiss", {}),
+    "doctor": (
+        _doctor,
+        "what this machine and installation can do, and what is amiss",
+        {
+            "--chip": {
+                "choices": (*flags.GENERATIONS, "all"),
+                "help": "show the flags of TPU chips that are not here",
+            },
+        },
+    ),
     "plan": (
         _plan,
         "memory, work and a floor of time on a TPU slice, before you rent it",

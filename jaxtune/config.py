@@ -408,6 +408,7 @@ def _check_values(config: Config) -> None:
     ranges = {  # value, least, most; both may be reached
         "optim.lr": (1.0 if optim.lr is None else optim.lr, 0.0, math.inf),
         "optim.end_ratio": (optim.end_ratio, 0.0, 1.0),
+        "train.label_smoothing": (config.train.label_smoothing, 0.0, 0.9999999),
         "optim.warmup": (optim.warmup, 0, math.inf if isinstance(optim.warmup, int) else 1.0),
         "optim.weight_decay": (optim.weight_decay, 0.0, math.inf),
         "optim.clip_norm": (optim.clip_norm, 0.0, math.inf),

@@ -1,7 +1,6 @@
 """What people see while something runs: lines and bars on stderr; stdout is for results."""
 
 import sys
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,18 +23,20 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def bar(task: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+def bar(task: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """A progress bar; the yielded function takes (steps done, a short text of numbers).
 
-    Into a file or a pipe it prints a line every tenth of the way instead.
+    A third argument is a new total. Into a file or a pipe it prints a line every tenth of the way.
     """
     if not sys.stderr.isatty():
-        marks = sorted({done + (total - done) * i // 10 for i in range(1, 11)})
+        tenth = 0
 
-        def line(step: int, text: str) -> None:
-            if marks and step >= marks[0]:
+        def line(step: int, text: str, total: int = total) -> None:
+            nonlocal tenth
+            now = 10 * (step - done) // max(1, total - done)
+            if now > tenth:
                 say(f"{task} {step}/{total}  {text}")
-                del marks[: bisect_right(marks, step)]
+            tenth = max(tenth, now)
 
         yield line
         return
@@ -50,4 +51,6 @@ def bar(task: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], N
     )
     with Progress(*columns, console=stderr, transient=False) as progress:
         row = progress.add_task(task, total=total, completed=done, numbers="")
-        yield lambda step, text: progress.update(row, completed=step, numbers=text)
+        yield lambda step, text, total=total: progress.update(
+            row, completed=step, numbers=text, total=total
+        )

@@ -15,11 +15,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jaxtune import __version__, flags
@@ -40,6 +41,10 @@ memory = (first.memory_stats() or {}).get("bytes_limit")
 print(json.dumps({"platform": first.platform, "kind": first.device_kind, "count": len(devices),
     "memory": memory, "compute": getattr(first, "compute_capability", "")}))
 """
+_LOAD = """
+from jaxtune.plan import topologies
+topologies.devices(topologies.find("v5litepod-4"))
+"""
 
 
 class Line(NamedTuple):
@@ -51,8 +56,12 @@ class Line(NamedTuple):
     fix: str = ""
 
 
-def examine(environment: Mapping[str, str] | None = None) -> list[Line]:
-    """All lines, in the order they are shown."""
+def examine(environment: Mapping[str, str] | None = None, kinds: Sequence[str] = ()) -> list[Line]:
+    """All lines, in the order they are shown.
+
+    Args:
+      kinds: of TPU chips, also such as are not here, whose flags are to be shown.
+    """
     environment = os.environ if environment is None else environment
     chips, gpu = flags.tpu_chips(), flags.has_gpu()
     pod = cluster.tpu_hosts() if chips.count else 1
@@ -62,6 +71,7 @@ def examine(environment: Mapping[str, str] | None = None) -> list[Line]:
         hardware(chips, gpu, importlib.util.find_spec("libtpu") is not None, _cuda()),
         *(pod_of(pod) if pod > 1 else devices(environment, chips, gpu and _cuda())),
         *settings(environment, chips, gpu),
+        *tpu_flags(environment, chips, kinds, refused_flags),
         cache(Path(environment.get("JAX_COMPILATION_CACHE_DIR", ""))),
         *processor(Path("/proc")),
         disk("disk here", Path.cwd()),
@@ -70,12 +80,21 @@ def examine(environment: Mapping[str, str] | None = None) -> list[Line]:
 
 
 def show(lines: list[Line]) -> None:
-    """The lines as a table on stdout."""
+    """The lines as a table on stdout; into a pipe or a file uncut, one a line."""
+    console = Console(highlight=False, soft_wrap=True)
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    for _ in ("name", "text"):
+        table.add_column(overflow="fold")  # what is cut off cannot be pasted
+    wide, long = (max(len(line[i]) for line in lines) for i in (1, 0))
     for line in lines:
         text = f"{line.text}; try: {line.fix}" if line.fix else line.text
-        table.add_row(f"[{_STYLES[line.state]}]{line.state}[/]", line.name, text)
-    Console(highlight=False, soft_wrap=True).print(table)
+        if console.is_terminal:
+            table.add_row(f"[{_STYLES[line.state]}]{line.state}[/]", line.name, escape(text))
+        else:
+            print(f"{line.state:{wide}}  {line.name:{long}}  {text}")
+    if console.is_terminal:
+        console.print(table)
 
 
 def require_sound(lines: list[Line]) -> None:
@@ -159,13 +178,65 @@ def pod_of(hosts: int) -> list[Line]:
 def settings(environment: Mapping[str, str], chips: flags.Chips, gpu: bool) -> list[Line]:
     """Flags of XLA and jax, and whose they are."""
     ours = flags.defaults({}, chips, gpu=gpu, libtpu=True)
+    apart = {"JAX_COMPILATION_CACHE_DIR", "LIBTPU_INIT_ARGS"}  # have lines of their own
     lines = []
-    for name in sorted({*ours, "XLA_FLAGS", "JAX_PLATFORMS", "LIBTPU_INIT_ARGS"}):
-        value = environment.get(name)
-        if name != "JAX_COMPILATION_CACHE_DIR" and value:
-            whose = "jaxtune's" if ours.get(name) == value else "yours, or with yours"
+    for name in sorted({*ours, "XLA_FLAGS", "JAX_PLATFORMS"} - apart):
+        if value := environment.get(name):
+            whose = "jaxtune's" if ours.get(name) == value else "yours"
             lines.append(Line(name, "ok", f"{value} ({whose})"))
     return lines
+
+
+def tpu_flags(
+    environment: Mapping[str, str],
+    chips: flags.Chips,
+    kinds: Sequence[str],
+    refused: Callable[[str], str | None],
+) -> list[Line]:
+    """LIBTPU_INIT_ARGS as it is here, and as a run has it on other chips.
+
+    Args:
+      refused: what libtpu says against such arguments; empty where it takes them, None where
+        nobody can be asked.
+    """
+    given = environment.get("LIBTPU_INIT_ARGS", "")
+    shown = [("LIBTPU_INIT_ARGS", given, flags.libtpu_arguments(chips.generation))] if given else []
+    for kind in kinds:
+        ours = flags.libtpu_arguments(kind)
+        shown.append((f"flags of {kind}", flags.libtpu_arguments(kind, given), ours))
+    said = {text: refused(text) for text in {text for _, text, _ in shown}}  # each asked once
+    lines = []
+    for name, text, ours in shown:
+        whose = "jaxtune's" if text == ours else "yours" if text == given else "yours and jaxtune's"
+        wrong = said[text]
+        if wrong:
+            fix = "LIBTPU_INIT_ARGS without it, or unset"
+            lines.append(Line(name, "problem", f"libtpu refuses {text}: {wrong}", fix))
+        else:
+            unasked = ", not checked: no libtpu here" if wrong is None else ""
+            lines.append(Line(name, "ok", f"{text} ({whose}{unasked})"))
+    return lines
+
+
+def refused_flags(arguments: str) -> str | None:
+    """What libtpu says against LIBTPU_INIT_ARGS; empty where it takes them, None without libtpu.
+
+    It is loaded in a process of its own, since it ends the one whose flags it does not know.
+    """
+    for word in arguments.split():
+        if not word.startswith("--"):
+            return f"{word} is no flag, so it counts for nothing"
+    if importlib.util.find_spec("libtpu") is None:
+        return None
+    environment = os.environ | {"LIBTPU_INIT_ARGS": arguments, "JAX_PLATFORMS": "cpu"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _LOAD],
+            env=environment, capture_output=True, text=True, timeout=_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return None
+    return "" if done.returncode == 0 else _last_words(done.stderr).removeprefix("ERROR: ")
 
 
 def cache(folder: Path) -> Line:
@@ -266,6 +337,9 @@ def _silent(why: str) -> Line:
     held = re.search(r"in use by process with pid (\d+)", why)
     if held:
         fix = f"let process {held[1]} end, or stop it: ps -fp {held[1]}"
+    elif named := re.search(r"XLA_FLAGS", why) or re.search(r"command line flag|for flag", why):
+        which = "XLA_FLAGS" if named[0] == "XLA_FLAGS" else "LIBTPU_INIT_ARGS"
+        fix = f"{which} without it, or unset"
     else:
         fix = "end other programs that use the accelerator; sudo lsof /dev/accel* /dev/vfio/*"
     return Line("devices", "problem", why, fix)
@@ -273,7 +347,9 @@ def _silent(why: str) -> Line:
 
 def _last_words(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "jax ended without a word"
+    # Of glog: F1121 17:46:52.721403   20159 parse_flags_from_env.cc:234] Unknown flag ...
+    last = re.sub(r"^[EF]\d{4} [^\]]*\] ", "", lines[-1]) if lines else "jax ended without a word"
+    return last[:300]
 
 
 def _read(file: Path) -> str:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtune import optim, setup, sharding, tree
 from jaxtune.assemble import Assembly
 from jaxtune.config import Config
+from jaxtune.kernels import vocabulary
 from jaxtune.models.blocks import LayerConfig
 from jaxtune.step import Program
 
@@ -226,30 +227,59 @@ def tokens_a_device(config: Config, mesh: Mesh) -> int:
 
 
 def saved_by_name(config: Config, assembly: Assembly, mesh: Mesh) -> dict[str, int]:
-    """{what is kept of every layer for the backward pass: bytes on one device}, at least."""
+    """{what is kept of every layer for the backward pass: bytes on one device}, at least.
+
+    Each is one array over all layers that run backwards.
+    """
     model, policy = assembly.model, config.model.remat
     split = mesh.shape["tensor"]
     entry = jnp.dtype(config.model.dtype).itemsize
     q, kv = (n * model.head_dim // split for n in (model.num_heads, model.num_kv_heads))
-    width, inner = model.hidden_size, model.intermediate_size
-    inner = (inner if model.mlp == "plain" else 2 * inner) // split
+    width, inner = model.hidden_size, model.intermediate_size // split
     sparse = model.experts is not None
     if sparse and model.experts is not None:
-        inner = 2 * model.experts.intermediate_size * model.experts.per_token // split
-    widths = {"layer inputs": width}
+        inner = model.experts.intermediate_size * model.experts.per_token // split
+    bytes_of = {"layer inputs": entry * width}
     if policy in ("attention", "projections", "none"):
-        widths["query, key and value"] = q + 2 * kv
-    if policy in ("attention", "projections", "none"):
-        widths["attention outputs"] = q
+        bytes_of |= {"queries": entry * q, "keys": entry * kv, "values": entry * kv}
+        bytes_of["attention outputs"] = entry * q
     if policy == "none" or (policy == "projections" and not sparse):
-        widths["gate and up projections"] = inner
+        bytes_of["up projections"] = entry * inner
+    if policy == "projections" and not sparse and model.mlp != "plain":
+        bytes_of["gate projections"] = entry * inner
     if policy == "none":
-        widths["outputs, normalised inputs and products"] = 3 * width + inner // 2
+        # Norms and the activation compute in float32, and keep what they were given there.
+        bytes_of |= dict.fromkeys(
+            ("activation's inputs in float32", "activation's slopes in float32"), 4 * inner
+        )
+        bytes_of |= dict.fromkeys(("activations", "inputs of down_proj"), entry * inner)
+        bytes_of |= dict.fromkeys(("norm inputs", "second norm inputs"), 4 * width)
+        bytes_of |= dict.fromkeys(("normalised inputs", "second normalised inputs"), entry * width)
     if policy == "offload":
-        widths = {}
-    layers = model.num_layers - _lowest_trained(assembly)
-    tokens = tokens_a_device(config, mesh)
-    return {name: entry * wide * layers * tokens for name, wide in widths.items()}
+        bytes_of = {}
+    rows = (model.num_layers - _lowest_trained(assembly)) * tokens_a_device(config, mesh)
+    return {name: size * rows for name, size in bytes_of.items()}
+
+
+def temporaries(config: Config, assembly: Assembly, mesh: Mesh) -> dict[str, int]:
+    """{the large arrays that a step makes and drops: bytes on one device}, by name."""
+    model = assembly.model
+    entry, tokens = jnp.dtype(config.model.dtype).itemsize, tokens_a_device(config, mesh)
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    kept = saved_by_name(config, assembly, mesh)
+    found = {f"{name} of all layers": size for name, size in kept.items()}
+    found |= {f"gradient of {path}": leaf_bytes(leaf) for path, leaf in assembly.trained.items()}
+    if fsdp > 1:
+        found |= {
+            f"{name} of one layer, gathered": entry * matrix.inputs * matrix.outputs // tensor
+            for name, matrix in matrices(model, 0).items()
+        }
+        found["inputs of the head, gathered"] = entry * tokens * fsdp * model.hidden_size
+    if not model.num_labels:
+        with jax.set_mesh(mesh):
+            chunk = vocabulary.chunk_tokens(model.vocab_size // fsdp)
+        found["logits of a chunk"] = 4 * chunk * model.vocab_size // fsdp
+    return found
 
 
 def activations(config: Config, assembly: Assembly, mesh: Mesh) -> tuple[int, int]:

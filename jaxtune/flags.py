@@ -52,6 +52,7 @@ _TPU: dict[str, dict[str, str]] = {
     "v6e": _SLICES,
     "tpu7x": _SLICES,
 }
+GENERATIONS = tuple(_TPU)  # of chips that have a set of flags
 
 
 class Chips(NamedTuple):

@@ -143,6 +143,11 @@ class Meter:
         self._window = (0, 0.0)
         return tokens / seconds if seconds else 0.0
 
+    def seconds(self) -> float:
+        """Seconds since the start, without the excluded ones."""
+        self._settle()
+        return self._window[1] + self._total[1]
+
     def overall(self) -> float:
         """Tokens per second since the start; 0 where no time has passed."""
         self._settle()

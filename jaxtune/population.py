@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -69,7 +70,6 @@ class Engine:
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
         self._feeder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._next: tuple[Any, Future[Batch]] | None = None
-        self.programs = 0  # compiled so far
         arguments = layout.arguments(self.member(self.config), self._given)
         self._places = jax.tree.map(lambda leaf: leaf.sharding, layout.one)  # of one trial
         new = jax.jit(layout.new_slot, out_shardings=self._places)
@@ -207,7 +207,6 @@ class Engine:
 
     def _compile(self, lower: Callable[[], jax.stages.Lowered]) -> Future[Any]:
         """A program, compiled in the background."""
-        self.programs += 1
 
         def build() -> Any:
             with jax.set_mesh(self._mesh):
@@ -273,7 +272,7 @@ def open_engine(
     # The fewest slots there can be are one for each part of the trial axis.
     setup.check_batch(_as_batch(config, micro * mesh.shape[sharding.TRIAL]), mesh)
     config, assembly, train, held = _read(config, points, folder, mesh)
-    layout = _layout(config, assembly, mesh, micro, accumulates, points)
+    layout = lay_out(config, assembly, mesh, micro, accumulates, points)
     shared = _sharing(config, assembly)
     if shared is not None:
         say(f"one trial at a time: {shared}")
@@ -289,7 +288,15 @@ def open_engine(
     return Engine(layout, widths, train, held)
 
 
-def _layout(config, assembly, mesh, micro, accumulates, points) -> Layout:
+def lay_out(
+    config: Config,
+    assembly: Assembly,
+    mesh: Mesh,
+    micro: int,
+    accumulates: bool = False,
+    points: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+) -> Layout:
+    """A population of trials that take values of `points`, in micro-batches of so many rows."""
     program = setup.program(_as_batch(config, micro), assembly, 1)._replace(
         dropout=any(points.get("lora.dropout", (config.lora.dropout,))),
         smoothing=any(points.get("train.label_smoothing", (config.train.label_smoothing,))),

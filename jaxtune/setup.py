@@ -94,18 +94,11 @@ def initial(
     Raises:
       ModelError, ConfigError: a base or an adapter that does not fit.
     """
-    params = assemble.base(assembly) | assemble.fresh(config, assembly)
+    known = _known(config, assembly)
+    params = assemble.base(assembly) | assemble.fresh(config, assembly, known)
     if config.lora.r and config.lora.init == "default":
         params |= magnitudes(config, assembly, params)
-    elif config.lora.r:
-        wanted = {
-            path: shape
-            for path, shape in assembly.shapes.items()
-            if path in assembly.trained or path.endswith((".lora.A", ".lora.B", ".lora.magnitude"))
-        }
-        folder = files.resolve(config.lora.init)
-        found = adapter.read_adapter(folder, assembly.family, assembly.model, config.lora, wanted)
-        params |= {path: jax.device_put(found[path], s.sharding) for path, s in wanted.items()}
+    params |= {path: jax.device_put(x, assembly.shapes[path].sharding) for path, x in known.items()}
     trainable, frozen = tree.partition(params, assembly.groups)
     # Counters of the optimizer are born on one device; a step wants everything on the mesh.
     whole = NamedSharding(mesh, P())
@@ -114,6 +107,19 @@ def initial(
         init_state(program, trainable),
     )
     return state, frozen
+
+
+def _known(config: Config, assembly: Assembly) -> dict[str, np.ndarray]:
+    """{path: first values} of what is trained, from the adapter that lora.init names, if any."""
+    if not config.lora.r or config.lora.init == "default":
+        return {}
+    wanted = {
+        path: shape
+        for path, shape in assembly.shapes.items()
+        if path in assembly.trained or path.endswith((".lora.A", ".lora.B", ".lora.magnitude"))
+    }
+    folder = files.resolve(config.lora.init)
+    return adapter.read_adapter(folder, assembly.family, assembly.model, config.lora, wanted)
 
 
 def magnitudes(
@@ -176,15 +182,20 @@ def abstract_inputs(
 
     state = jax.eval_shape(lambda leaves: init_state(program, leaves), trainable)
     state = jax.tree_util.tree_map_with_path(placed, state)
+    return state, frozen, abstract_batch(config, assembly, mesh, config.data.max_length)
+
+
+def abstract_batch(config: Config, assembly: Assembly, mesh: Mesh, width: int) -> Batch:
+    """A global batch of rows of `width` slots, as shapes in their places."""
     rows = NamedSharding(mesh, sharding.TOKENS)
-    shape = (config.train.batch_size, config.data.max_length)
+    shape = (config.train.batch_size, width)
     kinds = {name: jnp.float32 if name == "weights" else jnp.int32 for name in Batch._fields}
     batch: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for name, kind in kinds.items()
     }
     if not (isinstance(assembly.model, EncoderConfig) and assembly.model.typed_pairs):
         batch["types"] = None
-    return state, frozen, Batch(**batch)
+    return Batch(**batch)
 
 
 def to_mesh(batches: Iterable[Batch], mesh: Mesh, batch_size: int | None = None) -> Iterator[Batch]:

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,19 +15,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jaxtune
-from jaxtune import aot, assemble, bucket, checkpoint, metrics, optim, pods, setup, sharding
+from jaxtune import aot, assemble, bucket, checkpoint, heap, metrics, optim, pods, setup, sharding
 from jaxtune.assemble import Assembly
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
 from jaxtune.console import bar, say
 from jaxtune.data import pipeline
-from jaxtune.data.packing import Batch, Rows, digest
+from jaxtune.data.packing import Batch, Rows
+from jaxtune.deadline import Deadline, Used
 from jaxtune.errors import Cancelled, ConfigError, Interrupted, NumericsError, StorageError
 from jaxtune.hf import files, tokenizer
 from jaxtune.scoring import evaluate
 from jaxtune.signals import Stop
-from jaxtune.step import Program, StepMetrics, TrainState, jit_eval, jit_train
-from jaxtune.workdir import check_fingerprint, lock
+from jaxtune.step import StepMetrics, TrainState
+from jaxtune.workdir import check_fingerprint, fingerprint_of, lock
 
 MOST_SKIPPED = 5  # non-finite steps in a row that end a run
 
@@ -44,6 +45,13 @@ class Progress:
     correct: float = 0.0
     window_tokens: int = 0
     evals: list[list[Any]] = dataclasses.field(default_factory=list)  # [step, loss] each
+    used: Used = dataclasses.field(default_factory=Used)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> "Progress":
+        """From what `dataclasses.asdict` made of one."""
+        values = dict(saved)
+        return cls(used=Used(**values.pop("used", {})), **values)
 
     def since_best(self) -> int:
         """Evaluations since the lowest loss."""
@@ -56,7 +64,8 @@ class Ready(NamedTuple):
 
     config: Config  # with what the data decided: a classifier's classes
     assembly: Assembly
-    program: Program
+    train_step: Callable
+    eval_step: Callable
     mesh: Mesh
     frozen: dict[str, jax.Array]
     state: TrainState
@@ -68,20 +77,26 @@ class Ready(NamedTuple):
     fingerprint: dict[str, Any]
 
 
-def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
+def fit(
+    config: Config, workdir: str | Path, clock: Callable[[], float] | None = None
+) -> dict[str, Any]:
     """Fine-tunes as `config` says, going on from the newest checkpoint in `workdir` if any.
 
     Returns what result.json holds: steps, losses before and after, tokens, seconds, paths.
+
+    Args:
+      clock: seconds since the command began, which train.budget limits; None begins here.
 
     Raises:
       Failure: see jaxtune.errors; everything reached so far is saved, except by a full disk.
     """
     workdir = bucket.folder(workdir)
-    started = time.monotonic()
+    clock = clock or _clock()
     with lock(workdir), Stop() as stop:
         ready = prepare(config, workdir)
+        heap.resume_collector()
         config = ready.config
-        state, progress, steps = ready.state, ready.progress, ready.steps
+        state, progress = ready.state, ready.progress
         first = int(state.step)
         _write_json(workdir / setup.CONFIG, setup.portable(config))
         # Of a bucket's workdir, what is appended to is kept here and sent with each checkpoint.
@@ -93,16 +108,24 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
             resume_step=first,
             write=pods.is_first(),
         )
-        train_step, eval_step = jit_train(ready.program, state), jit_eval(ready.program)
-        meter = metrics.Meter()
+        meter = metrics.Meter(clock)
+        deadline = Deadline(
+            config,
+            ready.steps,
+            state=state,
+            progress=progress,
+            clock=clock,
+            trained=meter.seconds,
+            devices=ready.mesh.size,
+        )
 
         def measure(step: int) -> bool:
             """Evaluates, unless that is done; whether it has a new result."""
             if ready.eval is None or any(at == step for at, _ in progress.evals):
                 return False
             with meter.excluded():
-                batches = _eval_batches(config, ready, stop)
-                score = evaluate(eval_step, state.trainable, ready.frozen, batches)
+                batches = deadline.evaluating(_eval_batches(config, ready, stop))
+                score = evaluate(ready.eval_step, state.trainable, ready.frozen, batches)
             if stop.agreed:
                 return False  # it ended early, and is done again on resuming
             progress.evals.append([step, score.loss])
@@ -110,8 +133,12 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
             say(f"step {step}: evaluation loss {score.loss:.4f}, accuracy {score.accuracy:.1%}")
             return True
 
+        def tell(step: int, text: str) -> None:
+            show(step, text, deadline.steps)
+
         def save(step: int) -> None:
-            with meter.excluded():
+            deadline.note()
+            with meter.excluded(), deadline.saving():
                 losses = [loss for done, loss in progress.evals if done == step]
                 meta = {
                     "fingerprint": ready.fingerprint,
@@ -123,41 +150,53 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
         with (
             jax.set_mesh(ready.mesh),
             bar(
-                "pretraining" if config.task == "pretrain" else "fine-tuning", steps, first
+                "pretraining" if config.task == "pretrain" else "fine-tuning", deadline.steps, first
             ) as show,
             closing(desk),
             closing(writer),
         ):
-            if (first in (0, steps) or _due(config.eval.every, first)) and measure(first) and first:
+            deadline.open()
+            due_eval = first in (0, deadline.steps) or _due(config.eval.every, first)
+            if due_eval and measure(first) and first:
                 save(first)  # whose evaluation a stop had cut off
             batches = _batches(config, ready, first)
             pending: tuple[int, StepMetrics] | None = None
             step = first
-            while step < steps and not pods.stops(stop) and not _impatient(config, progress):
+            while (
+                step < deadline.steps and not pods.stops(stop) and not _impatient(config, progress)
+            ):
                 with meter.excluded() if step == first else nullcontext():  # it compiles
-                    state, measured = train_step(state, ready.frozen, next(batches))
+                    state, measured = ready.train_step(state, ready.frozen, next(batches))
                 step += 1
                 # The device is busy with this step while the host reads the one before it.
                 if pending is not None:
-                    _record(pending, config, progress, meter, writer, show)
+                    _record(pending, config, progress, meter, writer, tell)
                 pending = (step, measured)
                 due_eval = _due(config.eval.every, step)
-                due_save = _due(config.checkpoint.every, step)
-                if due_eval or due_save or step == steps:
-                    _record(pending, config, progress, meter, writer, show)
+                due_save = due_eval or _due(config.checkpoint.every, step)
+                if due_save or deadline.due(step) or step == deadline.steps:
+                    _record(pending, config, progress, meter, writer, tell)
                     pending = None
-                    if due_eval or step == steps:
+                    state, refitted = deadline.refit(step, state, saved=due_save)
+                    last = step == deadline.steps
+                    if due_eval or last:
                         measure(step)
-                    if due_save or due_eval or step == steps:
+                    if due_save or refitted or last:
                         save(step)
             if pending is not None:
-                _record(pending, config, progress, meter, writer, show)
+                _record(pending, config, progress, meter, writer, tell)
             if stop.agreed:
                 save(step)
                 raise _stopped(stop, step, workdir)
-            if step < steps:
+            if step < deadline.steps:
                 say(f"step {step}: no better evaluation in {config.eval.patience}, stopped early")
-        return _finish(config, workdir, ready, progress, step, time.monotonic() - started)
+        return _finish(config, workdir, ready, progress, step, clock())
+
+
+def _clock() -> Callable[[], float]:
+    """Seconds from now on."""
+    began = time.monotonic()
+    return lambda: time.monotonic() - began
 
 
 def prepare(config: Config, workdir: Path) -> Ready:
@@ -182,7 +221,7 @@ def prepare(config: Config, workdir: Path) -> Ready:
     steps = config.train.steps or math.ceil(config.train.epochs * len(prepared.train) / per_step)
     if (warmup := optim.hyperparameters(config, steps)["warmup"]) >= steps:
         say(f"warning: optim.warmup of {warmup:g} steps: {steps} steps never reach the peak rate")
-    fingerprint = _fingerprint(config, folder, prepared.train, prepared.eval, steps)
+    fingerprint = fingerprint_of(config, folder, prepared.train, prepared.eval, steps)
 
     pods.check_same({"config": _shared_settings(config), "run": fingerprint})
     pods.check_shared(workdir)
@@ -191,10 +230,12 @@ def prepare(config: Config, workdir: Path) -> Ready:
     if (meta := checkpoint.latest_meta(where)) is not None:
         check_fingerprint(meta["fingerprint"], fingerprint)
     # Where memory allows it less is computed twice; config and fingerprint keep "auto".
-    resolved = aot.resolve_remat(config, folder, mesh)
-    if resolved.model.remat not in (config.model.remat, "full"):
-        assembly = assemble.assemble(resolved, folder, mesh)
+    assembly = aot.resolve_remat(config, assembly, mesh)[1]
     program = setup.program(config, assembly, steps)
+    widths = prepared.train.width, prepared.eval.width if prepared.eval else None
+    train_step, eval_step = aot.steps(
+        config, assembly, program, mesh, widths, resumes=meta is not None
+    )
     state, frozen = setup.initial(config, assembly, program, mesh)
     progress = Progress()
     # From here on the workdir is written to: all that can be wrong with the input is behind us.
@@ -203,8 +244,9 @@ def prepare(config: Config, workdir: Path) -> Ready:
     if restored is not None:
         for line in restored.skipped:
             say(f"skipped a damaged checkpoint: {line}")
-        state, progress = restored.state, Progress(**restored.meta["progress"])
-        say(f"resuming at step {restored.step} of {steps}")
+        state, progress = restored.state, Progress.of(restored.meta["progress"])
+        planned = progress.used.refits[-1][1] if progress.used.refits else steps
+        say(f"resuming at step {restored.step} of {planned}")
     else:
         if assembly.new:
             say(f"{folder} has no head for these classes, new: {', '.join(sorted(assembly.new))}")
@@ -214,7 +256,8 @@ def prepare(config: Config, workdir: Path) -> Ready:
     return Ready(
         config=config,
         assembly=assembly,
-        program=program,
+        train_step=train_step,
+        eval_step=eval_step,
         mesh=mesh,
         frozen=frozen,
         state=state,
@@ -315,25 +358,6 @@ def _finish(config, workdir: Path, ready: Ready, progress: Progress, step: int, 
 def _stopped(stop: Stop, step: int, workdir: Path) -> Cancelled | Interrupted:
     kind = Cancelled if stop.by_user else Interrupted
     return kind(f"stopped and saved at step {step} in {workdir}", fix="the same command to go on")
-
-
-def _fingerprint(config: Config, folder: Path, train: Rows, evals: Rows | None, steps: int):
-    """Everything that decides a run's numbers; a workdir only goes on with the same."""
-    values = config.to_dict()
-    for key in ("checkpoint", "mesh", "eval"):
-        del values[key]  # a run may move to other devices and be watched more or less closely
-    for key in ("log_every", "tensorboard", "wandb", "steps", "epochs"):
-        del values["train"][key]  # the number of steps that follows stands beside the config
-    del values["model"]["path"], values["data"]["train"], values["data"]["eval"]
-    return {
-        "version": jaxtune.__version__,
-        "config": values,
-        "steps": steps,
-        "data": digest(train),
-        "eval_data": digest(evals) if evals is not None else None,
-        "model": files.fingerprint(folder),
-        "tokenizer": tokenizer.tokenizer_digest(str(folder)),
-    }
 
 
 def _shared_settings(config: Config) -> dict[str, Any]:

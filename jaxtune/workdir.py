@@ -10,28 +10,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtune
 from jaxtune import pods
-from jaxtune.config import dotted
+from jaxtune.config import Config, dotted
+from jaxtune.data.packing import Rows, digest
 from jaxtune.errors import ConfigError, StorageError
+from jaxtune.hf import files, tokenizer
 
 _DIGEST = re.compile(r'"[0-9a-f]{64}"')
 
 
+class InUse(ConfigError):
+    """Another process works in that workdir."""
+
+
 @contextlib.contextmanager
-def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
+def lock(
+    workdir: str | os.PathLike[str], *, shared: bool = False, name: str = ".lock"
+) -> Iterator[None]:
     """Keeps a second run out of a workdir, which it makes if need be; one for all hosts.
 
     The kernel drops the lock with the process, so kill -9 leaves nothing to clear by hand. Buckets
     have no locks: there it does nothing, and of several hosts only the first takes it.
 
+    Args:
+      shared: others that share it are let in too, such as the workers of a sweep.
+      name: of the file, where a workdir has several locks.
     Raises:
-      ConfigError: another process holds it; names its host and pid.
+      InUse: another process holds it; names its host and pid.
       StorageError: the lock file cannot be made or locked.
     """
     if "://" in os.fspath(workdir) or not pods.is_first():
         yield
         return
-    path = Path(workdir) / ".lock"
+    path = Path(workdir) / name
     new = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,10 +54,10 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ConfigError(
+            raise InUse(
                 f"workdir {workdir} is in use by {file.read().strip() or 'another run'}",
                 fix="another --workdir, or wait for that run to end",
             ) from None
@@ -63,6 +75,27 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
                 path.unlink()  # a run that failed before it wrote anything leaves no folder
                 path.parent.rmdir()
             raise
+
+
+def fingerprint_of(
+    config: Config, folder: Path, train: Rows, evals: Rows | None, steps: int
+) -> dict[str, Any]:
+    """Everything that decides a run's numbers; a workdir only goes on with the same."""
+    values = config.to_dict()
+    for key in ("checkpoint", "mesh", "eval", "sweep"):
+        del values[key]  # a run may move to other devices and be watched more or less closely
+    for key in ("log_every", "tensorboard", "wandb", "steps", "epochs"):
+        del values["train"][key]  # the number of steps that follows stands beside the config
+    del values["model"]["path"], values["data"]["train"], values["data"]["eval"]
+    return {
+        "version": jaxtune.__version__,
+        "config": values,
+        "steps": steps,
+        "data": digest(train),
+        "eval_data": digest(evals) if evals is not None else None,
+        "model": files.fingerprint(folder),
+        "tokenizer": tokenizer.tokenizer_digest(str(folder)),
+    }
 
 
 def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The doctor: each fault is found and named, no secret is shown, nothing hangs."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -112,12 +113,71 @@ def test_keys_are_present_or_absent_and_never_shown(tmp_path: Path):
 
 def test_flags_say_whose_they_are():
     ours = doctor.flags.defaults({}, POD, gpu=False)
-    lines = {line.name: line.text for line in doctor.settings(ours, POD, False)}
-    assert lines["LIBTPU_INIT_ARGS"].endswith("(jaxtune's)")
-    mine = ours | {"LIBTPU_INIT_ARGS": "--mine=1", "XLA_FLAGS": "--x"}
+    (line,) = doctor.tpu_flags(ours, POD, [], lambda text: "")
+    assert line.text == f"{ours['LIBTPU_INIT_ARGS']} (jaxtune's)"
+    (line,) = doctor.tpu_flags({"LIBTPU_INIT_ARGS": "--mine=1"}, POD, [], lambda text: "")
+    assert line == doctor.Line("LIBTPU_INIT_ARGS", "ok", "--mine=1 (yours)")
+    mine = ours | {"XLA_FLAGS": "--x", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "true"}
     lines = {line.name: line.text for line in doctor.settings(mine, POD, False)}
-    assert "yours" in lines["LIBTPU_INIT_ARGS"]
-    assert "yours" in lines["XLA_FLAGS"]
+    assert lines["XLA_FLAGS"] == "--x (yours)"
+    assert lines["JAX_CPU_ENABLE_ASYNC_DISPATCH"] == "true (yours)"
+
+
+def test_flags_of_chips_that_are_not_here():
+    """One line a chip, of what a run there would have; each form is asked about once."""
+    asked = []
+    kinds = doctor.flags.GENERATIONS
+    environment = {"LIBTPU_INIT_ARGS": "--mine=1"}
+    lines = doctor.tpu_flags(environment, NONE, kinds, lambda text: asked.append(text) or "")
+    assert [line.name for line in lines[1:]] == [f"flags of {kind}" for kind in kinds]
+    for kind, line in zip(kinds, lines[1:], strict=True):
+        whole = doctor.flags.libtpu_arguments(kind, "--mine=1")
+        assert line.text == f"{whole} (yours and jaxtune's)"
+        assert whole.startswith("--mine=1 --xla")
+    assert sorted(asked) == sorted(set(asked))
+    (line,) = doctor.tpu_flags({}, NONE, ["v6e"], lambda text: None)
+    assert line.text.endswith("(jaxtune's, not checked: no libtpu here)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--xla_tpu_enable_data_parallel_all_reduce_opt=true", ""),
+        ("--xla_bogus=1", "Unknown command line flag 'xla_bogus'"),
+        ("--xla_tpu_scoped_vmem_limit_kib=much", "Illegal value 'much' specified for flag"),
+        ("words", "words is no flag"),
+    ],
+)
+def test_libtpu_itself_is_asked_about_its_flags(arguments, said):
+    pytest.importorskip("libtpu")
+    found = doctor.refused_flags(arguments)
+    assert found is not None
+    assert (said in found) if said else (found == "")
+
+
+def test_a_flag_that_libtpu_refuses_is_a_problem():
+    environment = {"LIBTPU_INIT_ARGS": "--xla_bogus=1"}
+    (line,) = doctor.tpu_flags(environment, NONE, [], lambda text: "Unknown flag 'xla_bogus'")
+    assert line.state == "problem"
+    assert "Unknown flag 'xla_bogus'" in line.text
+    assert "LIBTPU_INIT_ARGS" in line.fix
+
+
+def test_an_unknown_flag_of_xla_is_named_as_one():
+    lines = doctor.devices({**os.environ, "XLA_FLAGS": "--xla_bogus=1"}, NONE, False)
+    assert lines == [
+        doctor.Line(
+            "devices",
+            "problem",
+            "Unknown flag in XLA_FLAGS: --xla_bogus=1",
+            "XLA_FLAGS without it, or unset",
+        )
+    ]
+
+
+def test_the_chips_that_can_be_asked_for(capsys):
+    assert cli.main(["doctor", "--chip=v99"]) == 2
+    assert "v5e" in capsys.readouterr().err
 
 
 def test_a_folder_for_programs_that_cannot_be_written(tmp_path: Path):

@@ -1,14 +1,20 @@
 """jaxtune plan: what a step costs by count and by compiler, what fits, what is fastest."""
 
+import http.server
 import json
 import math
+import os
+import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import pytest
 
-from jaxtune import aot, assemble, cli, config, estimate, setup, sharding
+from jaxtune import aot, assemble, cli, config, estimate, setup, sharding, tree
 from jaxtune.errors import ConfigError, ModelError
 from jaxtune.hf import load
 from jaxtune.models import families
@@ -154,6 +160,40 @@ def test_the_count_is_what_xla_compiles(folder, policy):
     assert compiled.arguments == estimate.memory(settings, assembly, program, mesh).arguments
 
 
+@pytest.mark.parametrize("changes", [{"model.remat": "none"}, {"lora.r": 0}])
+def test_the_large_temporaries_are_in_what_xla_compiles(folder, changes):
+    """Each by its bytes, and those that are kept as arrays over both layers and all rows."""
+    settings, assembly, mesh = _assembled(folder, **changes)
+    compiled = aot.compile_step(settings, assembly, setup.program(settings, assembly, 1), mesh)
+    entry = {"f32": 4, "bf16": 2}
+    arrays = {
+        (math.prod(map(int, shape.split(","))) * entry[kind], shape.startswith(f"2,{B},"))
+        for kind, shape in re.findall(r"\b(f32|bf16)\[([\d,]+)\]", compiled.hlo)
+    }
+    found = estimate.temporaries(settings, assembly, mesh)
+    stacked = {name: size for name, size in found.items() if "of all layers" in name}
+    assert ("activation's inputs in float32 of all layers" in stacked) == (len(stacked) > 1)
+    assert {name for name, size in stacked.items() if (size, True) not in arrays} == set()
+    gradients = {name: size for name, size in found.items() if name.startswith("gradient of ")}
+    assert len(gradients) == len(assembly.trained)
+    assert {size for size in gradients.values() if (size, False) not in arrays} == set()
+    assert found["logits of a chunk"] == 512 * V * 4
+
+
+def test_what_is_made_anew_is_named_among_equals(folder):
+    """Full fine-tuning: a gradient, its weight and its moment are as large as each other."""
+    settings, assembly, mesh = _assembled(folder, **{"lora.r": 0, "data.max_length": 16})
+    largest = aot.largest(settings, assembly, setup.program(settings, assembly, 1), mesh)
+    sizes = [buffer.bytes for buffer in largest]
+    assert sizes == sorted(sizes, reverse=True)
+    of = [buffer.name for buffer in largest if buffer.bytes == 2 * D * F * 4]
+    assert of[:3] == [
+        "gradient of layers.0-1.mlp.down_proj.kernel",
+        "layers.0-1.mlp.down_proj.kernel",
+        "mu of layers.0-1.mlp.down_proj.kernel",
+    ]
+
+
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_bytes_of_a_device(folder, shards):
     settings = _config(folder, **{"mesh.fsdp": shards})
@@ -187,14 +227,25 @@ def test_the_two_ways_in_which_a_tpu_runs_out_of_memory():
     assert aot.read_out_of_memory("INTERNAL: something else") == (0, 0, ())
 
 
+def _resolved(settings, mesh) -> str:
+    """The policy of the config, which is also the model's."""
+    assembly = assemble.assemble(settings, Path(settings.model.path), mesh, weights=False)
+    found, resolved = aot.resolve_remat(settings, assembly, mesh)
+    assert tree.merge(resolved.graphdef, resolved.shapes).remat == found.model.remat
+    assert (
+        resolved.graphdef == assemble.assemble(found, assembly.folder, mesh, weights=False).graphdef
+    )
+    return found.model.remat
+
+
 def test_auto_on_a_cpu_keeps_what_the_machine_has_room_for(folder, monkeypatch):
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     automatic = _config(folder, **{"model.remat": "auto"})
-    assert aot.resolve_remat(automatic, folder, mesh).model.remat == "none"
-    monkeypatch.setattr(aot, "_cpu_share", lambda: 1)
-    assert aot.resolve_remat(automatic, folder, mesh).model.remat == "full"
+    assert _resolved(automatic, mesh) == "none"
+    monkeypatch.setattr(aot, "cpu_share", lambda: 1)
+    assert _resolved(automatic, mesh) == "full"
     fixed = _config(folder, **{"model.remat": "attention"})
-    assert aot.resolve_remat(fixed, folder, mesh) is fixed
+    assert _resolved(fixed, mesh) == "attention"
 
 
 def test_auto_is_the_first_that_fits(folder, monkeypatch):
@@ -211,14 +262,14 @@ def test_auto_is_the_first_that_fits(folder, monkeypatch):
 
     monkeypatch.setattr(aot, "compile_step", compile_step)
     automatic = _config(folder, **{"model.remat": "auto"})
-    assert aot.resolve_remat(automatic, folder, mesh).model.remat == "attention"
+    assert _resolved(automatic, mesh) == "attention"
     assert compiled == ["none", "projections", "attention"]
 
     compiled.clear()
     settings, assembly, _ = _assembled(folder, **{"model.remat": "none"})
     least = estimate.memory(settings, assembly, setup.program(settings, assembly, 1), mesh)
     monkeypatch.setattr(aot, "memory_of", lambda device: least.arguments + least.saved - 1)
-    assert aot.resolve_remat(automatic, folder, mesh).model.remat == "attention"
+    assert _resolved(automatic, mesh) == "attention"
     assert compiled == ["projections", "attention"]
 
 
@@ -253,6 +304,44 @@ def test_where_a_config_is_looked_for(tmp_path, monkeypatch):
     assert asked == ["someone/unknown"]
 
 
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Is there, and never well; counts what it is asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self):
+        self.asked.append(f"{self.command} {self.path}")
+        self.send_error(503)
+
+    do_GET = do_HEAD
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_hub_that_does_not_answer_is_asked_once(offline):
+    """In a process of its own: the hub's address and whether to ask it are read at import."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Hub.asked.clear()
+    program = (
+        "from jaxtune.plan import sizes\n"
+        "try: sizes.folder_of('someone/unknown').__enter__()\n"
+        "except sizes.ModelError as error: print(error.line())"
+    )
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": offline}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | hub, capture_output=True, text=True
+    )
+    server.shutdown()
+    asked = [line for line in Hub.asked if "someone/unknown" in line]
+    assert asked == ["HEAD /someone/unknown/resolve/main/config.json"] * (offline == "0")
+    assert done.stderr == ""
+    assert "'someone/unknown' is no folder here, not in the shipped table" in done.stdout
+    assert ("503" if offline == "0" else "offline mode is enabled") in done.stdout
+
+
 def test_a_model_that_is_nowhere():
     with pytest.raises(ModelError, match="does not exist"), sizes.folder_of("./not-here"):
         pass
@@ -284,7 +373,8 @@ def _facts(needed: int, available: int = 16 * GIB, **changes: Any) -> Facts:
 def test_a_plan_is_kept_and_recalled(folder, page, monkeypatch):
     made = []
 
-    def make(settings, where, topology):
+    def make(settings, where, topology, before):
+        before()
         made.append(settings.model.remat)
         return _facts(2 * GIB)
 
@@ -292,7 +382,9 @@ def test_a_plan_is_kept_and_recalled(folder, page, monkeypatch):
     one, topology = _config(folder), topologies.find("v5litepod-8")
     first = facts.facts(one, folder, topology)
     again = facts.facts(one, folder, topology)
-    assert again._replace(buffers=(), unknown=()) == first._replace(buffers=(), unknown=())
+    assert (first.recalled, again.recalled) == (False, True)
+    known = {"buffers": (), "unknown": (), "recalled": False}
+    assert again._replace(**known) == first._replace(**known)
     assert made == ["full"]
     # What does not change the program asks for nothing new; what does, does.
     facts.facts(config.replaced(one, {"optim.lr": 1e-5, "data.train": "x"}), folder, topology)
@@ -301,14 +393,18 @@ def test_a_plan_is_kept_and_recalled(folder, page, monkeypatch):
     facts.facts(one, folder, topologies.find("v6e-8"))
     facts.facts(one, folder, topologies.find("2xv5litepod-8"))
     assert len(made) == 4
+    asked = []
+    facts.facts(one, folder, topology, lambda: asked.append("known"))
+    facts.facts(_config(folder, **{"lora.r": 4}), folder, topology, lambda: asked.append("new"))
+    assert asked == ["new"]
     for kept in facts.cache_folder().glob("*.json"):
         kept.write_text(kept.read_text()[:40])
     assert facts.facts(one, folder, topology).needed == 2 * GIB
-    assert len(made) == 5
+    assert len(made) == 6
     for kept in facts.cache_folder().glob("*.json"):
         kept.write_text('{"fits": true}')
     assert facts.facts(one, folder, topology).needed == 2 * GIB
-    assert len(made) == 6
+    assert len(made) == 7
 
 
 def test_floors_of_a_step():
@@ -403,6 +499,23 @@ def test_a_search_ends_with_its_time(folder, monkeypatch):
     assert compiler.asked == []
 
 
+def test_a_search_begins_nothing_that_would_end_too_late(folder, monkeypatch):
+    """Compiling takes 100 s a point, by a clock of the test's own: two of them fit into 280 s."""
+    clock = [0.0]
+    compiler = Compiler(16 * GIB, _needs)
+
+    def facts(*args):
+        clock[0] += 100.0
+        return compiler(*args)
+
+    monkeypatch.setattr(search, "facts", facts)
+    monkeypatch.setattr(search.time, "monotonic", lambda: clock[0])
+    topology = topologies.find("v5litepod-8")
+    search.search(_config(folder), folder, topology, _watch, seconds=280.0)
+    assert len(compiler.asked) == 2
+    assert clock == [200.0]
+
+
 def test_meshes_fill_the_slice(folder):
     settings = _config(folder)
     found = [*search.meshes(settings, topologies.find("2xv5litepod-16"), experts=False)]
@@ -424,7 +537,8 @@ def test_the_nearest_setting_is_the_smallest_change(folder, monkeypatch):
     large = Compiler(7 * GIB, lambda s: (1 if s.model.quantize == "int8" else 9) * GIB)
     monkeypatch.setattr(search, "facts", large)
     monkeypatch.setattr(search, "_bases", lambda config: ["none", "int8"])
-    near = search.nearest(settings, folder, topology, _watch, most=20)
+    small = config.replaced(settings, {"model.remat": "full"})
+    near = search.nearest(small, folder, topology, _watch, most=20)
     assert near is not None
     assert near[0] == {"model.quantize": "int8"}
 
@@ -471,9 +585,61 @@ def test_a_plan_by_the_tpu_compiler(page, capsys):
     assert result["collective_bytes"] == {}
     assert result["step_seconds_floor"] == max(result["floor_seconds"].values())
     assert cli.main(["plan", *flags]) == 0  # recalled
-    out, _ = capsys.readouterr()
+    out, err = capsys.readouterr()
     for words in ("memory of a chip", "base (frozen)", "fits", "tokens/s, at most", "not meas"):
         assert words in out
+    assert result["from_cache"] is False
+    assert "From the cache: this was compiled before, in " in out
+    assert "compiling" not in err
+    # A small model has small numbers: each has a unit in which it is not nought.
+    assert " 0.00 " not in out
+    assert " 0.0 " not in out
+    assert "peaks of a v5e chip (197 TFLOP/s in bf16, 820 GB/s from memory, " in out.replace(
+        "\n", ""
+    )
+    assert "MFU, at most" in out
+
+
+def test_nothing_is_said_to_compile_that_is_refused(page, capsys, monkeypatch):
+    monkeypatch.setattr(aot, "compile_step", lambda *args, **more: pytest.fail("compiled"))
+    flags = [f"--config={page}", "--config.model.remat=full"]
+    assert cli.main(["plan", *flags, "--config.lora.target_modules=nothing"]) == 2
+    assert "compiling" not in capsys.readouterr().err
+
+
+def test_full_fine_tuning_has_no_adapters():
+    full = config.replaced(config.Config(), {"lora.r": 0})
+    topology = topologies.find("v5litepod-8")
+    assert "adapters" not in report.summary(full, topology, _facts(GIB))["parts_gib"]
+    assert report.summary(full, topology, _facts(GIB))["parts_gib"]["trained_weights"] == 0
+    assert "adapters" in report.summary(config.Config(), topology, _facts(GIB))["parts_gib"]
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.0, "s", "0 s"),
+        (4.56e-7, "s", "456 ns"),
+        (0.00031, "s", "310 us"),
+        (0.9996, "s", "1 s"),
+        (12345.0, "s", "12,300 s"),
+        (1.97e14, "FLOP/s", "197 TFLOP/s"),
+        (9999e12, "FLOP", "10,000 TFLOP"),
+        (999.9e9, "FLOP", "1 TFLOP"),
+        (3.125e9, "B/s", "3.12 GB/s"),
+    ],
+)
+def test_numbers_have_units_of_their_size(value, unit, text):
+    assert report.scaled(value, unit) == text
+
+
+def test_sizes_and_durations_have_units_of_their_size():
+    assert [report.size_of(n) for n in (15.75, 0.05, 3e-5, 0.0)] == [
+        "15.75 GiB", "51.20 MiB", "31 KiB", "0 KiB"
+    ]  # fmt: skip
+    assert [report.duration(n) for n in (7200, 5e6, 90, 0.002)] == [
+        "2 h", "1,389 h", "1.5 min", "2 ms"
+    ]  # fmt: skip
 
 
 def test_what_a_run_would_refuse_is_refused_before_compiling(folder):

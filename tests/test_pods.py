@@ -55,7 +55,10 @@ def assert_close(ours: list[dict], theirs: list[dict], tolerance: float) -> None
     for one, other in zip(ours, theirs, strict=True):
         for name, value in one.items():
             if isinstance(value, float) and name != "grad_norm":
-                assert value == pytest.approx(other[name], abs=tolerance), (one["step"], name)
+                assert value == pytest.approx(other[name], rel=tolerance / 10, abs=tolerance), (
+                    one["step"],
+                    name,
+                )
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def talk(tmp_path_factory) -> list[dict]:
     hosts = host.start(2, 2, [str(folder)], module="tests.faults.talk")
     ended = host.ends(hosts, PATIENCE)
     assert [code for code, _, _ in ended] == [0, 0], ended
-    return [json.loads(out.splitlines()[-1]) for _, out, _ in ended]
+    return [json.loads(out) for _, out, _ in ended]  # nothing else is on stdout, such as Gloo's
 
 
 def test_hosts_exchange_words_and_agree_only_when_all_do(talk):
@@ -92,6 +95,9 @@ def test_hosts_that_differ_are_all_told_in_what_and_which(talk):
             assert f"{field} is " in message
             others = set(said["differ"]) - {field}
             assert not any(f"{other} is " in message for other in others)
+        both = said["differ"]["config.optim.lr"]  # stands in the config and in the fingerprint
+        assert both.count("optim.lr is ") == 1
+        assert "config.optim.lr is 0.1 on host 0, 0.2 on host 1;" in both
 
 
 def test_a_folder_that_is_not_shared_is_refused_on_every_host(talk):

@@ -143,7 +143,6 @@ def test_nothing_compiles_when_trials_start_stop_and_are_replaced(folder, engine
     slots = engine.empty(8)
     engine.evaluate(slots)
     run(engine, trials[:2], 2)
-    before = engine.programs
     jax.config.update("jax_log_compiles", True)
     try:
         with caplog.at_level(logging.WARNING, "jax"):
@@ -157,7 +156,6 @@ def test_nothing_compiles_when_trials_start_stop_and_are_replaced(folder, engine
     finally:
         jax.config.update("jax_log_compiles", False)
     assert [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()] == []
-    assert engine.programs == before
 
 
 def test_a_trial_goes_on_bit_for_bit_in_another_slot_of_another_width(folder, engine):

@@ -25,7 +25,7 @@ FORMS = {
     "tpu7x-8": ("tpu7x:2x2x1", 1, 4, 8),
     "2xv5litepod-16": ("v5e:4x4", 2, 32, 32),
     "v5e:2x4": ("v5e:2x4", 1, 8, 8),
-    "v5p:4x4x6": ("v5p:4x4x6", 1, 96, 96),
+    "v5p:4x4x12": ("v5p:4x4x12", 1, 192, 192),
 }
 
 
@@ -68,9 +68,40 @@ def test_what_is_no_topology(name):
         find(name)
 
 
-def test_a_shape_that_libtpu_does_not_build():
-    with pytest.raises(ConfigError, match="libtpu has no v5p:3x5x7"):
-        topologies.devices(find("v5p:3x5x7"))
+def test_one_slice_has_one_name():
+    for name in ("v5e:2x4x1", "v5e:4x2", "2xv5e:4x2x1", "v5e:1x1x1"):
+        slices = 2 if name.startswith("2x") else 1
+        chips = 1 if name == "v5e:1x1x1" else 8
+        found = find(name)
+        assert (found.slices, found.name[-1]) == (slices, str(chips))
+        assert found.raw == ("v5e:2x4" if chips == 8 else "v5e:1x1")
+    assert find("v5p:2x2").name == find("v5p:1x2x2").name == "v5p-8"
+    assert find("v4:4x2x2").raw == "v4:2x2x4"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "there"),
+    [
+        ("v5e:2x3", "v5e:2x3", "v5e has 1x1, 2x2, 2x4, 4x4"),
+        ("v5e:1x2", "v5e:1x2", "2x2"),
+        ("v5e:2x2x2", "v5e:2x2x2", "2x4"),
+        ("v6e:6x4", "v6e:4x6", "4x8"),
+        ("v5p:3x5x7", "v5p:3x5x7", "2x2x1, 2x2x2, "),
+        ("v4:2x2x3", "v4:2x2x3", "or whole cubes such as 4x4x12"),
+    ],
+)
+def test_a_shape_that_nobody_has_names_those_there_are(name, shape, there):
+    with pytest.raises(ConfigError, match=f"there is no slice {shape}") as refused:
+        find(name)
+    assert there in refused.value.fix
+    assert "INVALID_ARGUMENT" not in refused.value.line()
+
+
+def test_a_slice_that_this_libtpu_does_not_build():
+    odd = topologies.Topology("v5p:3x5x7", CHIPS["v5p"], (3, 5, 7), 1)
+    with pytest.raises(ConfigError, match="libtpu has no v5p:3x5x7: Topology") as refused:
+        topologies.devices(odd)
+    assert "INVALID_ARGUMENT" not in str(refused.value)
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):

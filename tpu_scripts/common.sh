@@ -210,17 +210,32 @@ describe_queue() {
   fi
 }
 
+# What there is in the zone, for a message about a name that is not there; empty where nobody says.
+others() {
+  local found
+  found=$(gcloud compute tpus tpu-vm list "${WHERE[@]}" '--format=value(name)' 2>/dev/null </dev/null) || return 0
+  [ -z "$found" ] || printf ' (there is %s)' "$(printf '%s' "$found" | head -n 8 | tr '\n' ' ' | sed 's/ *$//; s/ /, /g')"
+}
+
+# need_node NODE: it is READY, or one line says what is amiss with it.
+need_node() {
+  describe "$1"
+  [ "$STATE" != ABSENT ] || die 2 "there is no $1 in $ZONE$(others)" \
+    "gcloud compute tpus tpu-vm list --zone=-, and --node-count where it has several slices"
+  case $STATE in
+    READY) ;;
+    PREEMPTED | TERMINATED) die "$UNREACHABLE" "$1 is $STATE, not READY: its hosts are gone, and their disks with them" \
+      "what is on gs:// is still there; tpu_scripts/watch.sh makes the slice anew, tpu_scripts/delete.sh $SAME removes it" ;;
+    *) die "$UNREACHABLE" "$1 is $STATE, not READY" \
+      "the same command when it is READY; tpu_scripts/watch.sh waits and makes preempted slices anew" ;;
+  esac
+  [ "$WORKERS" != 0 ] || die "$UNREACHABLE" "$1 is READY without an address" "the same command again"
+  echo "$WORKERS" >"$TMP/workers.$1"
+}
+
 need_ready() {
   local node
-  for node in $(nodes); do
-    describe "$node"
-    [ "$STATE" != ABSENT ] || die 2 "there is no $node in $ZONE" \
-      "gcloud compute tpus tpu-vm list --zone=-, and --node-count where it has several slices"
-    [ "$STATE" = READY ] || die "$UNREACHABLE" "$node is $STATE, not READY" \
-      "the same command when it is READY; tpu_scripts/watch.sh waits and makes preempted slices anew"
-    [ "$WORKERS" != 0 ] || die "$UNREACHABLE" "$node is READY without an address" "the same command again"
-    echo "$WORKERS" >"$TMP/workers.$node"
-  done
+  for node in $(nodes); do need_node "$node"; done
 }
 
 # remote NODE WORKER COMMAND: in the home folder of one host, or of all of a node.

@@ -35,6 +35,27 @@ runtime_of() {
   esac
 }
 
+# check_size TYPE: refuse what no zone has. v5e and v6e count chips, the others cores, two a chip; from
+# 64 chips on, v4, v5p and 7x are made of cubes of 4x4x4.
+check_size() {
+  local sizes cube=0 kind=${1%-*} count=${1##*-} size
+  case $kind in
+    v5litepod | v6e) sizes='1 4 8 16 32 64 128 256' ;;
+    v2) sizes='8 32 128 256 512' ;;
+    v3) sizes='8 32 128 256 512 1024 2048' ;;
+    v4 | v5p) sizes='8 16 32 64' cube=128 ;;
+    tpu7x) sizes='2 8 16 32 64' cube=128 ;;
+    *) return 0 ;;
+  esac
+  for size in $sizes; do [ "$count" != "$size" ] || return 0; done
+  if [ "$cube" != 0 ]; then
+    [ "${#count}" -gt 5 ] || [ $((count % cube)) != 0 ] || return 0
+    sizes="$sizes and multiples of $cube"
+  fi
+  die 2 "there is no $1; the sizes of $kind are $sizes" \
+    "--accelerator-type=$kind-8; gcloud compute tpus accelerator-types list --zone=$ZONE has what is there"
+}
+
 read_options() {
   local option
   for option; do
@@ -51,6 +72,7 @@ read_options() {
   check_common
   need '(v[0-9]+[a-z]*|tpu[0-9]+[a-z]*)-[1-9][0-9]*' "$TYPE" "the accelerator type" \
     "--accelerator-type=v5litepod-8; gcloud compute tpus accelerator-types list --zone=$ZONE has all"
+  check_size "$TYPE"
   [ -n "$RUNTIME" ] || RUNTIME=$(runtime_of "$TYPE")
   need '[a-z0-9][a-z0-9._-]*' "$RUNTIME" "the runtime version" "cloud.google.com/tpu/docs/runtimes"
   [ "$NODE_COUNT" = 1 ] || QUEUED=1

@@ -54,8 +54,8 @@ INTERRUPTED="$NAME may still be there"
 trap interrupted INT TERM HUP
 find_all
 if [ -z "$FOUND" ]; then
-  die 1 "there is no $NAME in $ZONE; one in another zone goes on costing money" \
-    "gcloud compute tpus tpu-vm list --zone=-"
+  die 1 "there is no $NAME in $ZONE$(others), so nothing was deleted; one in another zone or project goes on costing money" \
+    "gcloud compute tpus tpu-vm list --zone=-, and --node-count where it has several slices"
 fi
 [ "$YES" = 1 ] || [ "$DRY" = 1 ] || ask
 

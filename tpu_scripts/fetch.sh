@@ -13,7 +13,7 @@
 #   --project=ID       by default gcloud's own
 #   --dry-run          print the commands, run nothing
 #
-# Exit codes: 0 all of it is here; 1 it is not; 2 wrong usage.
+# Exit codes: 0 all of it is here; 1 it is not; 2 wrong usage, or no such slice; 69 the slice is not READY.
 
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -39,10 +39,16 @@ case $FROM in
     check_gs "$FROM"
     project=()
     [ -z "$PROJECT" ] || project=("--project=$PROJECT")
-    [ "$DRY" = 1 ] || mkdir -p "$TO"
+    made=0
+    [ "$DRY" = 1 ] || [ -d "$TO" ] || { mkdir -p "$TO" && made=1; }
     # rsync, so that the same command goes on after a broken connection.
-    attempt gc storage rsync --recursive "$FROM" "$TO" ${project[@]+"${project[@]}"} --quiet ||
+    attempt gc storage rsync --recursive "$FROM" "$TO" ${project[@]+"${project[@]}"} --quiet || {
+      if grep -Eiq 'did not find existing container|matched no objects|not found|does not exist|[^0-9]404' "$LAST"; then
+        [ "$made" = 0 ] || rmdir "$TO" 2>/dev/null || true
+        die 1 "there is nothing at $(quote "$FROM")" "gcloud storage ls $(quote "$(printf '%s' "$FROM" | cut -d / -f 1-3)")"
+      fi
       die 1 "not all of $(quote "$FROM") is in $(quote "$TO")" "the same command again: it goes on where it stopped"
+    }
     [ "$DRY" = 1 ] || say "$(quote "$FROM") is in $(quote "$TO")"
     exit 0
     ;;
@@ -65,6 +71,9 @@ if [ "$DRY" = 1 ]; then
   exit 0
 fi
 
+need_node "$node"
+[ "$WORKER" -lt "$WORKERS" ] || die 2 "$node has no host $WORKER" "--worker=0 to --worker=$((WORKERS - 1))"
+
 # One stream; a cut one does not unpack, so half a folder is never taken for all of it.
 bring() {
   rm -rf "$TO.partial"
@@ -73,7 +82,13 @@ bring() {
 }
 attempt bring || {
   rm -rf "$TO.partial"
-  die 1 "$(quote "$FROM") did not come from host $WORKER of $node" "the path (relative to ~/jaxtune-code), then the same command again"
+  if grep -q 'jaxtune-code: No such file' "$LAST"; then
+    die 1 "nothing is installed on host $WORKER of $node" "tpu_scripts/setup.sh $SAME, or an absolute --from"
+  elif grep -Eq 'tar: .*No such file' "$LAST"; then
+    die 1 "there is no $(quote "$FROM") on host $WORKER of $node" \
+      "another --from (relative to ~/jaxtune-code) or --worker; a --workdir on gs:// is fetched from there"
+  fi
+  die 1 "$(quote "$FROM") did not come from host $WORKER of $node" "the same command again, then tpu_scripts/logs.sh $SAME"
 }
 mv "$TO.partial" "$TO"
 say "$(quote "$FROM") of host $WORKER of $node is in $(quote "$TO")"

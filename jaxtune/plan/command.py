@@ -1,20 +1,23 @@
 """`jaxtune plan`: one configuration on one topology, or the best of many."""
 
 import ast
+import contextlib
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from jaxtune import aot, setup
+from jaxtune import aot, assemble, setup
 from jaxtune.config import Config
 from jaxtune.console import bar, say
 from jaxtune.errors import ConfigError
-from jaxtune.plan import topologies
+from jaxtune.plan import interrupt, topologies
 from jaxtune.plan.facts import Facts, facts, mesh_of
-from jaxtune.plan.report import show, summary
-from jaxtune.plan.search import Found, describe, nearest, search
+from jaxtune.plan.report import peaks, show, summary
+from jaxtune.plan.search import SECONDS, Found, describe, nearest, search
 from jaxtune.plan.sizes import folder_of
 from jaxtune.plan.topologies import Topology
 
@@ -62,8 +65,7 @@ def plan(config: Config, name: str, *, price: float | None = None) -> dict[str, 
     """
     topology = topologies.find(name)
     setup.check_batch(config, mesh_of(config, topology))  # what the run would refuse
-    with folder_of(config.model.path) as folder:
-        say(f"compiling for {topology.name} ({topology.raw}); a minute or two the first time")
+    with _model(config.model.path) as folder:
         settled, found = _settle(config, folder, topology)
         result = summary(settled, topology, found, price)
         if found.fits:
@@ -78,13 +80,32 @@ def plan(config: Config, name: str, *, price: float | None = None) -> dict[str, 
         raise DoesNotFit(result, fix=f"{describe(changes)} (compiled: {needs:.2f} GiB)")
 
 
+@contextlib.contextmanager
+def _model(path: str) -> Iterator[Path]:
+    """A folder with the model's config.json, while signals are answered at once."""
+    with contextlib.ExitStack() as opened:
+        folder = opened.enter_context(folder_of(path))
+        with interrupt.answered(opened.close):
+            yield folder
+
+
 def _settle(config: Config, folder: Path, topology: Topology) -> tuple[Config, Facts]:
     """The config with a policy for model.remat=auto, and its facts."""
-    if config.model.remat != "auto":
-        return config, facts(config, folder, topology)
+    candidates: Iterable[Config] = [config]
+    if config.model.remat == "auto":
+        mesh = mesh_of(config, topology)
+        assembly = assemble.assemble(config, folder, mesh, weights=False)
+        candidates = aot.remat_candidates(config, assembly, mesh)
     settled = result = None
-    for candidate in aot.remat_candidates(config, folder, mesh_of(config, topology)):
-        settled, result = candidate, facts(candidate, folder, topology)
+    for candidate in candidates:
+        where = f"{topology.name} ({topology.raw}), remat {candidate.model.remat}"
+        settled = candidate
+        result = facts(
+            candidate,
+            folder,
+            topology,
+            partial(say, f"compiling for {where}: a minute or two, the first time only"),
+        )
         if result.fits:
             break
     assert settled is not None, "the last policy is always a candidate"
@@ -99,8 +120,9 @@ def plan_search(config: Config, name: str, *, price: float | None = None) -> dic
       ConfigError: nothing that was compiled fits.
     """
     topology = topologies.find(name)
-    say(f"weighing layouts for {topology.name}, then compiling the best of them; some minutes")
-    with folder_of(config.model.path) as folder, bar("searching", 100) as tell:
+    say(f"weighing layouts for {topology.name}, then compiling the best of them that are not known "
+        f"yet, for {SECONDS // 60} minutes at most")  # fmt: skip
+    with _model(config.model.path) as folder, bar("searching", 100) as tell:
         found = search(
             config, folder, topology, lambda done, all_, text: tell(100 * done // all_, text)
         )
@@ -139,10 +161,10 @@ def show_best(result: dict[str, Any]) -> None:
     console.print(table)
     for number, one in enumerate(result["best"][:_BEST], 1):
         console.print(f"{number}  {one['flags'] or '(as it is)'}", markup=False)
-    console.print(
-        "Floors from published peaks, not measurements; the batch of a step is as configured.",
-        style="dim",
-    )
+    known = sum(one["from_cache"] for one in result["best"])
+    if known:
+        console.print(f"{known} of {len(result['best'])} were compiled before.", style="dim")
+    console.print(f"{peaks(result['best'][0])}. The batch of a step is as configured.", style="dim")
 
 
 __all__ = ["DoesNotFit", "plan", "plan_search", "show", "show_best", "stated_topology"]

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,12 @@ from jaxtune.setup import within_positions
 _HIDDEN = ("attention", "vocabulary")
 
 # Files that no fact follows from.
-_SHOWS = ("cli.py", "console.py", "demo/", "plan/command.py", "plan/report.py", "plan/search.py")
+_SHOWS = (
+    *("budget.py", "checkpoint.py", "cli.py", "compare.py", "console.py", "decoding.py", "demo/"),
+    *("doctor.py", "metrics.py", "plan/command.py", "plan/interrupt.py", "plan/report.py"),
+    *("plan/search.py", "plan/sizes.py", "pods/", "population.py", "sweep/", "train.py"),
+    *("tuned.py", "workdir.py"),
+)
 
 
 class Facts(NamedTuple):
@@ -48,27 +54,33 @@ class Facts(NamedTuple):
     unknown: tuple[str, ...]  # loops whose count nobody knows
     tokens: int  # of a step, over all devices
     seconds: float  # to lower and compile
+    recalled: bool = False  # from the cache; not kept there
 
 
-def facts(config: Config, folder: Path, topology: Topology) -> Facts:
+def facts(
+    config: Config, folder: Path, topology: Topology, before: Callable[[], None] = lambda: None
+) -> Facts:
     """Compiles the step for a topology, or recalls that it was compiled.
 
     Args:
       config: with a model.remat other than auto.
+      before: is called when it is certain that a compiler must be asked.
     """
     kept = cache_folder() / f"{_key(config, folder, topology)}.json"
     try:
         values = json.loads(kept.read_text())
-        found = Facts(**values)
-        if set(values) == set(Facts._fields) and isinstance(found.needed, int):
+        found = Facts(**values, recalled=True)
+        if {*values, "recalled"} == set(Facts._fields) and isinstance(found.needed, int):
             return found
     except (OSError, ValueError, TypeError):
         pass  # not there, or damaged: it is made anew
-    found = _compile(config, folder, topology)
+    found = _compile(config, folder, topology, before)
+    values = found._asdict()
+    del values["recalled"]
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(found._asdict()))
+        partial.write_text(json.dumps(values))
         partial.replace(kept)
     except OSError:
         pass  # a full or read-only disk costs the next one its time, and this one nothing
@@ -85,7 +97,7 @@ def mesh_of(config: Config, topology: Topology) -> jax.sharding.Mesh:
     return sharding.make_mesh(config.mesh, devices(topology))
 
 
-def _compile(config: Config, folder: Path, topology: Topology) -> Facts:
+def _compile(config: Config, folder: Path, topology: Topology, before: Callable[[], None]) -> Facts:
     mesh = mesh_of(config, topology)
     assembly = assemble.assemble(config, folder, mesh, weights=False)
     config = within_positions(config, assembly.model)
@@ -98,6 +110,7 @@ def _compile(config: Config, folder: Path, topology: Topology) -> Facts:
         "flops_a_token": counted._asdict(),
         "tokens": config.train.batch_size * config.data.max_length,
     }
+    before()
     try:
         options = flags.compiler_options(first.device_kind)
         compiled = aot.compile_step(config, assembly, program, mesh, options=options)

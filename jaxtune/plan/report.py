@@ -4,6 +4,7 @@ The times are floors: what the chip's published peaks allow, each by itself, wit
 for anything. Nothing here has been measured.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from jaxtune.plan.topologies import Topology
 _DAY = 86400
 _PARTS = {
     "base": "base (frozen)",
-    "adapters": "trained weights",
+    "adapters": "adapters",
+    "trained_weights": "trained weights",
     "optimizer": "optimizer",
     "batch": "batch",
     "temporaries": "activations, temporaries",
@@ -38,6 +40,8 @@ def summary(
     chip, each = topology.chip, topology.chip.devices
     count = topology.chips * each  # devices
     memory = {name: size * each / GIB for name, size in facts.parts.items()}
+    if not config.lora.r:
+        memory["trained_weights"] = memory.pop("adapters")
     # What layouts pad is with the temporaries: shapes do not show it.
     memory["temporaries"] = (facts.needed - sum(facts.parts.values())) * each / GIB
     memory["free"] = (facts.available - facts.needed) * each / GIB
@@ -57,6 +61,7 @@ def summary(
         "flops_per_token": sum(facts.flops_a_token.values()),
         "flops_per_token_by_part": facts.flops_a_token,
         "largest_buffers": [[size / GIB, name] for size, name in facts.buffers],
+        "from_cache": facts.recalled,
     }
     if not facts.fits:
         return result
@@ -147,26 +152,65 @@ def show(result: dict[str, Any]) -> None:
         if not result["fits"]:
             return
     console.print()
-    console.print(
-        "Times are floors from published peaks, not measurements; real steps take longer.",
-        style="dim",
-    )
+    console.print(f"{peaks(result)}.", style="dim")
+    if result["from_cache"]:
+        took = scaled(result["compile_seconds"], "s")
+        console.print(f"From the cache: this was compiled before, in {took}.", style="dim")
     for loop in result["loops_counted_once"]:
         console.print(f"a loop of unknown length was counted once: {loop}", style="yellow")
 
 
+def peaks(result: dict[str, Any]) -> str:
+    """What the floors assume, in a sentence."""
+    chip = result["chips_peak"]
+    known = {
+        "in bf16": scaled(chip["bf16"], "FLOP/s"),
+        "from memory": scaled(chip["hbm"], "B/s"),
+        "between chips": scaled(chip["ici"], "B/s"),
+        "between slices": scaled(chip["dcn"], "B/s") if result["slices"] > 1 else "0",
+    }
+    listed = ", ".join(f"{rate} {what}" for what, rate in known.items() if rate[0] != "0")
+    return (
+        f"Floors from the published peaks of a {chip['name']} chip ({listed}), each by itself; "
+        "not measurements: real steps take longer"
+    )
+
+
+def scaled(value: float, unit: str) -> str:
+    """Three digits and a unit that fits: 0.00031 s is 310 us, 1.97e14 FLOP/s is 197 TFLOP/s."""
+    value = float(f"{value:.3g}")  # first, so that 999.9 is 1 of the next unit
+    if not value:
+        return f"0 {unit}"
+    power = min(0 if unit == "s" else 4, max(-3, math.floor(math.log10(abs(value)) / 3)))
+    prefix = ("n", "u", "m", "", "k", "M", "G", "T")[power + 3]
+    return f"{_digits(value / 1000.0**power)} {prefix}{unit}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def size_of(gib: float) -> str:
+    """Of GiB: 4.21 GiB, 3.1 MiB or 12 KiB."""
+    for unit, factor in (("GiB", 1.0), ("MiB", 2.0**10)):
+        if abs(gib) * factor >= 0.1:
+            return f"{gib * factor:,.2f} {unit}"
+    return f"{gib * 2**20:,.0f} KiB"
+
+
 def _memory(result: dict[str, Any]) -> Table:
-    table = _table("memory of a chip", "GiB")
+    table = _table("memory of a chip", "")
     total, available = result["memory_per_chip_gib"], result["available_per_chip_gib"]
     for name, label in _PARTS.items():
-        size = result["parts_gib"][name]
-        table.add_row(label, f"{size:.2f}", _bar(size, available))
+        if name in result["parts_gib"]:
+            size = result["parts_gib"][name]
+            table.add_row(label, size_of(size), _bar(size, available))
     table.add_section()
-    table.add_row("needed", f"{total:.2f}", "")
+    table.add_row("needed", size_of(total), "")
     free = result["parts_gib"]["free"]
     word = Text("fits", "green") if result["fits"] else Text("does not fit", "red")
-    table.add_row("free" if free >= 0 else "missing", f"{abs(free):.2f}", word)
-    table.add_row("there is", f"{available:.2f}", "")
+    table.add_row("free" if free >= 0 else "missing", size_of(abs(free)), word)
+    table.add_row("there is", size_of(available), "")
     return table
 
 
@@ -180,17 +224,17 @@ def _work(result: dict[str, Any]) -> Table:
     names = {"attention_again": "attention, again", "again": "recomputed by remat"}
     for name, value in result["flops_per_token_by_part"].items():
         if value:
-            label = names.get(name, name)
-            table.add_row(f"GFLOP a token: {label}", f"{value / 1e9:.3g}", "")
-    table.add_row("GFLOP a token, all", f"{counted / 1e9:.4g}", "from the config")
+            table.add_row(f"a token: {names.get(name, name)}", scaled(value, "FLOP"), "")
+    table.add_row("a token, all", scaled(counted, "FLOP"), "from the config")
     ratio = f"{in_hlo / counted:.3f} of that"
-    table.add_row("GFLOP a token, as compiled", f"{in_hlo / 1e9:.4g}", ratio)
+    table.add_row("a token, as compiled", scaled(in_hlo, "FLOP"), ratio)
     table.add_section()
-    for kind, sent in sorted(result["collective_bytes"].items(), key=lambda item: -item[1]):
-        table.add_row(f"MiB a chip sends: {kind}", f"{sent / 2**20:,.1f}", "")
-    for kind, sent in result["collective_bytes_between_slices"].items():
-        table.add_row(f"MiB a chip sends: {kind}", f"{sent / 2**20:,.1f}", "between slices")
-    table.add_row("GiB through a chip's memory", f"{result['hbm_bytes'] / GIB:,.1f}", "")
+    sent = result["collective_bytes"]
+    for kind, size in sorted(sent.items(), key=lambda item: -item[1]):
+        table.add_row(f"a chip sends: {kind}", size_of(size / GIB), "")
+    for kind, size in result["collective_bytes_between_slices"].items():
+        table.add_row(f"a chip sends: {kind}", size_of(size / GIB), "between slices")
+    table.add_row("through a chip's memory", size_of(result["hbm_bytes"] / GIB), "")
     return table
 
 
@@ -198,24 +242,34 @@ def _time(result: dict[str, Any]) -> Table:
     table = _table("time", "at least")
     names = {"compute": "products", "hbm": "memory", "ici": "between chips", "dcn": "slices"}
     for name, seconds in result["floor_seconds"].items():
-        if seconds or name != "dcn":
+        if seconds or name in ("compute", "hbm"):
             bound = "sets the pace" if name == result["bound_by"] else ""
-            table.add_row(f"{names[name]}, ms a step", f"{seconds * 1e3:,.1f}", bound)
+            table.add_row(f"{names[name]}, a step", scaled(seconds, "s"), bound)
     table.add_section()
     tokens = f"{result['tokens_per_step']:,} a step"
     table.add_row("tokens/s, at most", f"{result['tokens_per_second_at_most']:,.0f}", tokens)
     table.add_row(
         "million tokens a day, at most", f"{result['tokens_per_day_at_most'] / 1e6:,.0f}", ""
     )
+    table.add_row("MFU, at most", f"{result['mfu_at_most']:.0%}", "useful products of the peak")
     if result["hours_at_least"] is None:
-        hours, note = result["hours_per_1000_steps_at_least"], "for 1,000 steps"
+        seconds, note = result["hours_per_1000_steps_at_least"] * 3600, "for 1,000 steps"
     else:
         most = "at most " if result["steps_are_at_most"] else ""
-        hours, note = result["hours_at_least"], f"for {most}{result['steps']:,} steps"
-    table.add_row("hours", f"{hours:,.3g}", note)
+        seconds, note = result["hours_at_least"] * 3600, f"for {most}{result['steps']:,} steps"
+    table.add_row("the run", duration(seconds), note)
     if "cost_at_least" in result:
-        table.add_row("cost", f"{result['cost_at_least']:,.2f}", note)
+        cost = result["cost_at_least"]
+        table.add_row("cost", f"{cost:,.2f}" if cost >= 0.01 else f"{cost:.2g}", note)
     return table
+
+
+def duration(seconds: float) -> str:
+    """Of seconds, in hours from one on, in minutes or seconds below."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{_digits(seconds / size)} {unit}"
+    return scaled(seconds, "s")
 
 
 def _table(title: str, unit: str) -> Table:

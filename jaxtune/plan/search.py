@@ -23,7 +23,7 @@ from jaxtune.plan.facts import Facts, facts, mesh_of
 from jaxtune.plan.report import floors
 from jaxtune.plan.topologies import Topology
 
-SECONDS = 240  # of compiling, after which a search begins nothing new
+SECONDS = 280  # of a search; nothing is compiled that would, by the slowest so far, end later
 PATIENCE = 3  # compiled points in a row that are no better than the best
 _POLICIES = [*REMAT]  # from the fastest to the smallest
 _QUANTISED = ("int8", "nf4")
@@ -164,8 +164,9 @@ def search(
 
     Args:
       watch: is told (points done, points there are, a short text).
-      seconds: after which no further point is compiled.
+      seconds: in which all of it is to end.
     """
+    begun = time.monotonic()
     space = Space(config, folder, topology)
     sparse = setup_has_experts(config, folder)
     points = []
@@ -184,17 +185,20 @@ def search(
     )
     found: list[Found] = []
     known: list[tuple[Point, Facts]] = []
-    begun, worse = time.monotonic(), 0
+    worse, slowest = 0, 0.0
     for number, point in enumerate(points):
         best = min((f.seconds for f in found), default=float("inf"))
-        if point.seconds >= best or worse >= PATIENCE or time.monotonic() - begun > seconds:
+        late = time.monotonic() - begun + slowest > seconds
+        if point.seconds >= best or worse >= PATIENCE or late:
             break
         if _hopeless(point, known, space.available):
             continue
         if any(f.point.place == point.place and point.rank >= f.point.rank for f in found):
             continue  # computes no less and as often as one that fits
         watch(number, len(points), describe(point.changes))
+        started = time.monotonic()
         result = facts(point.config, folder, topology)
+        slowest = max(slowest, time.monotonic() - started)
         known.append((point, result))
         if not result.fits:
             continue

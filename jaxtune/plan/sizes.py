@@ -1,5 +1,6 @@
 """A model's config.json without its weights: from a folder, the shipped table, or the hub."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from jaxtune.hf import files
 
 # {hub id: config.json, the fields that we read}; harmless fields and weights left out.
 _TABLE = Path(__file__).parents[1] / "models" / "sizes.json"
+_SECONDS = 5  # that the hub may take to answer
 
 
 @contextmanager
@@ -50,14 +52,30 @@ def _from_hub(path: str) -> str:
             f"model folder {path!r} does not exist",
             fix="an existing folder, or a hub id owner/name",
         )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import (
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
 
     try:
-        return Path(hf_hub_download(path, "config.json")).read_text()
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        # One question, once: a download alone asks six times, with a warning and a pause for each.
+        get_hf_file_metadata(hf_hub_url(path, "config.json"), timeout=_SECONDS)
+        return Path(hf_hub_download(path, "config.json")).read_text(encoding="utf-8")
+    # An answer of the hub, an id it does not take, HF_HUB_OFFLINE, or an error of the HTTP library
+    # that this version of it uses.
+    except Exception as error:
+        cached = None
+        with contextlib.suppress(ValueError):  # no id
+            cached = try_to_load_from_cache(path, "config.json")
+        if isinstance(cached, str):
+            return Path(cached).read_text(encoding="utf-8")
+        said = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise ModelError(
             f"{path!r} is no folder here, not in the shipped table, and the hub did not give its "
-            f"config.json: {str(error).splitlines()[0]}",
+            f"config.json: {said}",
             fix="a folder with its config.json, or check the id, the network and `hf auth login`",
         ) from error

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxtune.errors import ConfigError
+from jaxtune.plan import interrupt
 
 
 class Chip(NamedTuple):
@@ -95,7 +96,7 @@ def find(name: str) -> Topology:
     """The topology of a console name, a raw name, or either after `2x`.
 
     Raises:
-      ConfigError: a name nobody has; the nearest one that there is.
+      ConfigError: a name nobody has; the nearest one, or the shapes that there are.
     """
     match = re.fullmatch(r"(?:(\d+)x(?=[a-z]))?([a-z]+\d*[a-z]*)([-:])([\dx]+)", name.lower())
     known = named()
@@ -105,9 +106,7 @@ def find(name: str) -> Topology:
         if match[3] == "-":
             found = known.get(f"{_PREFIX.get(kind, kind)}-{match[4]}")
         elif kind in CHIPS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", match[4]):
-            shape = tuple(map(int, match[4].split("x")))
-            same = [t for t in known.values() if (t.chip.name, t.shape) == (kind, shape)]
-            found = same[0] if same else Topology(f"{kind}:{match[4]}", CHIPS[kind], shape, 1)
+            found = _shaped(kind, tuple(map(int, match[4].split("x"))))
         if found is not None:
             prefix = f"{slices}x" if slices > 1 else ""
             return found._replace(name=prefix + found.name, slices=slices)
@@ -117,6 +116,29 @@ def find(name: str) -> Topology:
         f"topology {name!r} is not known",
         fix=f"did you mean {close[0] if close else 'v5litepod-8'}? "
         "v5litepod-8, v6e-16, v5p-64, 2xv5litepod-16 and v5e:2x4 are forms of names",
+    )
+
+
+def _shaped(kind: str, shape: tuple[int, ...]) -> Topology:
+    """A slice by its shape, smaller sides first as the clouds write it: 4x2x1 of v5e is 2x4.
+
+    Raises:
+      ConfigError: no slice has that shape; those that there are.
+    """
+    sides = len(_SHAPES[kind][0].split("x"))
+    longer = sorted(n for n in shape if n > 1)
+    ones = [1] * (sides - len(longer))
+    shape = (*longer, *ones) if sides == 3 else (*ones, *longer)
+    for topology in named().values():
+        if (topology.chip.name, topology.shape) == (kind, shape):
+            return topology
+    # Beyond the names there are slices of whole cubes, of sides that are multiples of four.
+    if sides == len(shape) == 3 and not any(n % 4 for n in shape):
+        return Topology(f"{kind}:{'x'.join(map(str, shape))}", CHIPS[kind], shape, 1)
+    cubes = ", or whole cubes such as 4x4x12" if sides == 3 else ""
+    raise ConfigError(
+        f"there is no slice {kind}:{'x'.join(map(str, shape))}",
+        fix=f"{kind} has {', '.join(_SHAPES[kind])}{cubes}",
     )
 
 
@@ -145,10 +167,12 @@ def devices(topology: Topology) -> list[Any]:
             found = topologies.get_topology_desc(
                 platform="tpu", topology_name=topology.raw, **options
             ).devices
+        interrupt.put_back()  # a SIGTERM would print the stacks of libtpu's threads
     except (JaxRuntimeError, ValueError, NotImplementedError) as error:
+        said = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")[:200]
         raise ConfigError(
-            f"libtpu has no {topology.raw}: {' '.join(str(error).split())[:200]}",
-            fix="a shape such as v5e:2x4 or v5p:2x2x4, or the console's name",
+            f"libtpu has no {topology.raw}: {said}",
+            fix="pip install --upgrade 'jaxtune[tpu]', or another slice",
         ) from None
     return list(found)
 

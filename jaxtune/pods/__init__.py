@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtune import flags
 from jaxtune.config import dotted
 from jaxtune.console import stderr
 from jaxtune.errors import ConfigError, Failure, Interrupted
@@ -57,6 +58,7 @@ def start(*, heartbeat: float = HEARTBEAT, arrival: float = ARRIVAL, stuck: floa
         return
     import jax
 
+    _keep_stdout()
     # Its C++ handler of SIGTERM would swallow the signal: ours stops all hosts at one step.
     jax.config.update("jax_enable_preemption_service", False)
     address, count, index = found or (None, None, None)
@@ -76,6 +78,22 @@ def start(*, heartbeat: float = HEARTBEAT, arrival: float = ARRIVAL, stuck: floa
     except (RuntimeError, ValueError, OSError) as error:
         raise Interrupted(f"{late}: {_first(error)}", fix=fix) from error
     _current(heartbeat, stuck)
+
+
+def _keep_stdout() -> None:
+    """Leaves stdout to results: Gloo, of hosts that compute on processors, greets each peer there.
+
+    It has no setting for it. What C and C++ write to stdout is dropped, what Python writes is not.
+    """
+    chosen = os.environ.get("JAX_PLATFORMS", "").partition(",")[0]
+    if chosen not in ("", "cpu") or (not chosen and (flags.tpu_chips().count or flags.has_gpu())):
+        return  # NCCL_DEBUG writes to stdout too, and somebody has asked for it
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    live = sys.stdout.isatty()
+    sys.stdout = open(kept, "w", buffering=1 if live else -1, encoding=sys.stdout.encoding)  # noqa: SIM115  # for as long as this process
 
 
 def _current(heartbeat: float = HEARTBEAT, stuck: float = STUCK) -> Pod | None:
@@ -169,13 +187,21 @@ def check_same(values: Mapping[str, Any]) -> None:
     # Rarely, so that many hosts do not all read what all of them have.
     told = [json.loads(text) for text in pod.exchange(mine if pod.index in (0, odd[0]) else "{}")]
     first, other = told[0], told[odd[0]]
-    names = sorted(k for k in first.keys() | other.keys() if first.get(k) != other.get(k))
-    differ = [f"{k} is {_show(first.get(k))} there, {_show(other.get(k))} here" for k in names]
+    differ = [
+        f"{name} is {_show(first.get(name))} on host 0, {_show(other.get(name))} on host {odd[0]}"
+        for name in _differing(first, other)
+    ]
     more = f" (and {len(odd) - 1} more hosts)" if len(odd) > 1 else ""
     raise ConfigError(
         f"{pod.name(odd[0])}{more} does not run what {pod.name(0)} runs: {'; '.join(differ)}",
         fix="the same command, files and installation on every host",
     )
+
+
+def _differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Dotted names whose values are not the same; one that also stands deeper is named once."""
+    names = sorted(k for k in first.keys() | other.keys() if first.get(k) != other.get(k))
+    return [name for name in names if not any(name.endswith(f".{short}") for short in names)]
 
 
 def check_shared(folder: str | os.PathLike[str]) -> None:
@@ -241,13 +267,13 @@ def _machine() -> dict[str, Any]:
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())
-    flags = {name: _flags(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    given = {name: _flags(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     return {
         "code": code.hexdigest(),
         "versions": versions,
         "device": jax.local_devices()[0].device_kind,
         "devices": jax.local_device_count(),
-        "environment": flags,
+        "environment": given,
     }
 
 

@@ -1,26 +1,34 @@
-"""Tokens a second of a LoRA step on one GPU, beside transformers + peft: no network, ten minutes.
+"""Tokens a second of a LoRA step on one GPU, beside TRL's SFTTrainer with PEFT: one command.
 
-    python tests/benchmarks/gpu.py [--size 8b|3b|1b|tiny] [--sides ours,peft]
+    python tests/benchmarks/gpu.py [--size 8b|3b|1b|tiny] [--peer-python PATH]
 
-The shape of Llama 3.1 8B (or the largest below it that both sides have memory for), random bfloat16
-weights, r = 16 on every projection, rows of 4,096 packed tokens, AdamW. Each side runs in its own
-process, one after the other, and makes its weights on the device. The peer is transformers' model
-with peft and the fastest attention of those installed (flash_attention_2, else sdpa), gradient
-checkpointing on only where it does not fit without. MFU is at 4 FLOPs a parameter and token
-of the layers and the head, of the GPU's dense bfloat16 peak. Prints a table and one JSON line.
+The shape of Llama 3.1 8B (or the largest below it that both sides have memory for) with random
+bfloat16 weights, LoRA r = 16 on every projection, rows of 4,096 tokens, AdamW, clipping at 1.
+gpu_inputs.py writes the checkpoint, the adapter and the rows once; both sides read them, each in
+its own process, one after the other, and learn the same rows at every step. The peer's number is
+the best over the forms of attention that are installed (flash_attention_3, flash_attention_2,
+sdpa), with gradient checkpointing only where it does not fit without. The losses of every step
+must agree, and fall, or there is no ratio. MFU is at 4 FLOPs a parameter and token of the layers
+and the head, of the GPU's dense bfloat16 peak.
 
-Weights are random on both sides and not the same, so losses are only checked to be ln(vocabulary).
+The peer needs torch, transformers, peft and trl: of this Python, of --peer-python, or installed
+into .bench/gpu (peers_gpu.txt pins them). Nothing else needs a network. Prints a table and one JSON
+line; ends with 1 where the losses do not agree.
 """
 
 import argparse
 import json
 import math
+import os
+import re
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from pathlib import Path
 from typing import Any
+
+from table import BENCH, HERE, make_environment
 
 SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {
     # width, mlp width, layers, heads, key and value heads, vocabulary
@@ -30,7 +38,105 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {
     "tiny": (128, 256, 2, 4, 2, 512),
 }
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
-STEPS, WARM = 8, 3
+PEERS = ("torch", "transformers", "peft", "trl")
+STEPS, WARM = 10, 4  # of which the first are not counted: compilers, caches
+RATE = 5e-4
+AGREE = {"bfloat16": 2e-3, "float32": 1e-4}  # largest relative difference of a step's losses
+MEMORY = re.compile(
+    r"out of memory|OutOfMemory|RESOURCE_EXHAUSTED|does not fit|the step needs", re.I
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", choices=SHAPES, default="8b")
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--dtype", choices=AGREE, default="bfloat16")
+    parser.add_argument("--peer-python", metavar="PATH", help="a Python with " + ", ".join(PEERS))
+    args = parser.parse_args()
+    python = peer_python(args.peer_python)
+    names = list(SHAPES)
+    for size in names[names.index(args.size) :]:
+        found = both(size, python, args)
+        if found is not None:
+            sys.exit(not report(size, args.rows * args.length, AGREE[args.dtype], found))
+    raise SystemExit("no size fits on both sides")
+
+
+def peer_python(given: str | None) -> str:
+    """The Python of the peer's side, in which its packages are."""
+    for python in filter(None, (given, sys.executable)):
+        if not lacking(python):
+            return python
+        if python == given:
+            raise SystemExit(f"{given} has no {', '.join(lacking(python))}")
+    ours = BENCH / "gpu" / "bin" / "python"
+    try:
+        make_environment(ours, HERE / "peers_gpu.txt", *PEERS)
+    except subprocess.CalledProcessError:
+        raise SystemExit(
+            f"the peer's packages could not be installed into {ours.parents[1]}: pip's words are "
+            f"above. Without a package index, have {', '.join(PEERS)} in an environment and name "
+            "it: --peer-python=PATH/bin/python"
+        ) from None
+    return str(ours)
+
+
+def lacking(python: str) -> list[str]:
+    """Packages of the peer that this Python has not."""
+    code = (
+        "import sys, importlib.util as u; print(*[n for n in sys.argv[1:] if not u.find_spec(n)])"
+    )
+    try:
+        done = subprocess.run([python, "-c", code, *PEERS], capture_output=True, text=True)
+    except OSError as error:
+        raise SystemExit(f"{python} does not start: {error}") from None
+    return done.stdout.split() if done.returncode == 0 else list(PEERS)
+
+
+def both(size: str, python: str, args: argparse.Namespace) -> dict[str, dict[str, Any]] | None:
+    """{side: what it measured}; None where one of them has too little memory."""
+    BENCH.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BENCH) as folder:
+        config = config_of(size, args.length)
+        say(f"{size}: writing weights")
+        shape = ["--rows", args.rows, "--length", args.length, "--steps", STEPS]
+        same = ["--dtype", args.dtype]
+        if numbers(size) * (2 if args.dtype == "bfloat16" else 4) > shutil.disk_usage(folder).free:
+            raise SystemExit(f"no room on the disk of {BENCH} for the weights of {size}")
+        run(sys.executable, "gpu_inputs.py", folder, json.dumps(config), *shape, *same)
+        same += ["--lr", RATE]
+        say(f"{size}: jaxtune")
+        ours = run(sys.executable, "gpu_ours.py", folder, *same)
+        if ours is None:
+            return None
+        best = None
+        for attention in run(python, "gpu_trl.py", folder, *same, "--attentions") or []:
+            say(f"{size}: TRL with {attention}")
+            given = [folder, *same, "--attention", attention]
+            theirs = run(python, "gpu_trl.py", *given)
+            theirs = theirs or run(python, "gpu_trl.py", *given, "--checkpointing")
+            if theirs is not None and (best is None or speed(theirs) < speed(best)):
+                best = theirs
+        return None if best is None else {"jaxtune": ours, "trl": best}
+
+
+def run(python: str, script: str, *words: Any) -> Any:
+    """What a script prints as JSON, from a process of its own; None where memory was too little."""
+    command = [python, str(HERE / script), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    if done.returncode == 0:
+        lines = done.stdout.strip().splitlines()
+        return json.loads(lines[-1]) if lines else None
+    if MEMORY.search(done.stderr):
+        say(f"{script}: too little memory")
+        return None
+    raise SystemExit(f"{script} failed:\n{done.stderr.strip()[-2000:]}")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def config_of(size: str, length: int) -> dict[str, Any]:
@@ -51,171 +157,52 @@ def config_of(size: str, length: int) -> dict[str, Any]:
     }
 
 
+def matrices(size: str) -> int:
+    """Numbers in the projections of all layers."""
+    width, inner, layers, heads, kv_heads, _ = SHAPES[size]
+    keys = width // heads * kv_heads
+    return layers * width * (2 * width + 2 * keys + 3 * inner)
+
+
+def numbers(size: str) -> int:
+    """Numbers of the checkpoint."""
+    width, *_, vocab = SHAPES[size]
+    return matrices(size) + 2 * width * vocab
+
+
 def flops(size: str) -> float:
     """4N a token: N of the projections and the head, frozen, so no gradient of a weight."""
-    width, inner, layers, heads, kv_heads, vocab = SHAPES[size]
-    attention = 2 * width * width * (1 + kv_heads / heads)
-    return 4 * (layers * (attention + 3 * width * inner) + width * vocab)
+    width, *_, vocab = SHAPES[size]
+    return 4.0 * (matrices(size) + width * vocab)
 
 
-def ours(size: str, rows: int, length: int) -> dict[str, Any]:
-    """jaxtune's own step, with its remat policy `auto`."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from jaxtune import aot, assemble, setup, sharding, tree
-    from jaxtune.config import Config, freeze
-    from jaxtune.step import init_state, jit_train
-
-    values = Config().to_dict()
-    values["lora"] |= {"r": 16, "alpha": 32.0}
-    values["train"]["batch_size"], values["data"]["max_length"] = rows, length
-    config = freeze(values)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(config_of(size, length)))
-        mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-        config = aot.resolve_remat(config, folder, mesh)
-        assembly = assemble.assemble(config, folder, mesh, weights=False)
-    program = setup.program(config, assembly, steps=STEPS)
-    jax.set_mesh(mesh)
-    random = np.random.default_rng(0)
-    base = {}
-    for path, leaf in assembly.shapes.items():
-        if ".lora." not in path:
-            norm = "norm" in path
-            draw = jnp.ones if norm else _normal(len(base))
-            base[path] = jax.jit(draw, static_argnums=(0, 1), out_shardings=leaf.sharding)(
-                leaf.shape, leaf.dtype
-            )
-    trainable, frozen = tree.partition(base | assemble.fresh(config, assembly), assembly.groups)
-    state = init_state(program, trainable)
-    _, _, shapes = setup.abstract_inputs(config, assembly, program, mesh)
-    tokens = random.integers(0, SHAPES[size][-1], (rows, length + 1), np.int32)
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    given = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions}
-    batch = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
-    batch = batch._replace(**{name: jnp.asarray(array) for name, array in given.items()})
-    step = jit_train(program, state)
-    seconds, loss = [], math.nan
-    for _ in range(STEPS):
-        started = time.perf_counter()
-        state, measured = step(state, frozen, batch)
-        loss = float(measured.loss.total / measured.loss.weight)  # waits for the step
-        seconds.append(time.perf_counter() - started)
-    device = jax.devices()[0]
-    note = f"jax {jax.__version__}, remat {config.model.remat}"
-    return {"seconds": seconds, "loss": loss, "device": device.device_kind, "note": note}
+def speed(side: dict[str, Any]) -> float:
+    """Seconds of a step, the median of those that count."""
+    return statistics.median(side["seconds"][WARM:])
 
 
-def _normal(salt: int):
-    import jax
-
-    def draw(shape, dtype):
-        return 0.02 * jax.random.normal(jax.random.key(salt), shape, dtype)
-
-    return draw
-
-
-def peft(size: str, rows: int, length: int) -> dict[str, Any]:
-    """transformers + peft, its forward and backward as TRL's SFTTrainer calls them, packed rows."""
-    import importlib.util
-
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    flash = importlib.util.find_spec("flash_attn") is not None and device.type == "cuda"
-    attention = "flash_attention_2" if flash else "sdpa"
-    settings = config_of(size, length)
-    settings["attn_implementation"] = attention
-    torch.set_default_dtype(torch.bfloat16)
-    with device:
-        model = LlamaForCausalLM(LlamaConfig(**settings))
-    model.config.use_cache = False
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
-    tokens = torch.randint(0, SHAPES[size][-1], (rows, length), device=device)
-
-    def step() -> float:
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    remat = False
-    try:
-        step()
-    except torch.OutOfMemoryError:
-        remat = True
-        optimizer.zero_grad()
-        torch.cuda.empty_cache()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    seconds, loss = [], math.nan
-    for _ in range(STEPS):
-        started = time.perf_counter()
-        loss = step()
-        seconds.append(time.perf_counter() - started)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    note = f"torch {torch.__version__}, {attention}, checkpointing {'on' if remat else 'off'}"
-    return {"seconds": seconds, "loss": loss, "device": name, "note": note}
-
-
-SIDES = {"ours": ours, "peft": peft}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--size", choices=SHAPES, default="8b")
-    parser.add_argument("--sides", default="ours,peft")
-    parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--only", choices=SIDES, help="run this side here and print its JSON")
-    args = parser.parse_args()
-    if args.only:
-        print(json.dumps(SIDES[args.only](args.size, args.rows, args.length)))
-        return
-    names = list(SHAPES)
-    for size in names[names.index(args.size) :]:
-        found = {side: apart(side, size, args) for side in args.sides.split(",")}
-        if all(found.values()):
-            break
-        print(f"{size}: not on every side, trying a smaller one", file=sys.stderr)
-    else:
-        raise SystemExit("no size runs on every side")
-    report(size, args.rows * args.length, found)
-
-
-def apart(side: str, size: str, args: argparse.Namespace) -> dict[str, Any]:
-    """A side in a process of its own, so that it has the memory for itself; {} where it failed."""
-    command = [sys.executable, __file__, "--only", side, "--size", size]
-    command += ["--rows", str(args.rows), "--length", str(args.length)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        print(f"{side} {size}: {done.stderr.strip()[-800:]}", file=sys.stderr)
-        return {}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def report(size: str, tokens: int, found: dict[str, dict[str, Any]]) -> None:
-    expected, speeds = math.log(SHAPES[size][-1]), {}
-    for side, result in found.items():
-        assert abs(result["loss"] - expected) < 0.2 * expected, f"{side}: loss {result['loss']}"
-        timed = sorted(result["seconds"][WARM:])
-        speeds[side] = tokens / timed[len(timed) // 2]
-        peak = next((p for name, p in PEAKS.items() if name in result["device"]), None)
-        mfu = f"{speeds[side] * flops(size) / peak:.1%}" if peak else "unknown peak"
-        print(f"{side:5} {size} {speeds[side]:>10,.0f} tokens/s  MFU(4N) {mfu}  {result['note']}")
-    if len(speeds) == 2:
-        print(f"ratio {speeds['ours'] / speeds['peft']:.2f} (target 1.25; MFU 45%)")
-    print(json.dumps({"size": size, "tokens_per_second": speeds, "sides": found}))
+def report(size: str, tokens: int, most: float, found: dict[str, dict[str, Any]]) -> bool:
+    """Prints the table; whether the losses agree."""
+    rates = {}
+    for name, side in found.items():
+        rates[name] = tokens / speed(side)
+        peak = next((p for gpu, p in PEAKS.items() if gpu in side["device"]), None)
+        mfu = f"{rates[name] * flops(size) / peak:.1%}" if peak else "unknown peak"
+        memory = f"{side['memory'] / 2**30:.1f} GiB" if side["memory"] else ""
+        losses = f"loss {side['losses'][0]:.4f} -> {side['losses'][-1]:.4f}"
+        print(
+            f"{name:8} {size} {rates[name]:>10,.0f} tokens/s  MFU(4N) {mfu}  {memory}  {losses}  "
+            f"{side['device']}, {side['note']}"
+        )
+    ours, theirs = (side["losses"] for side in found.values())
+    differ = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+    agree = math.isfinite(differ) and differ <= most
+    ratio = f"{rates['jaxtune'] / rates['trl']:.2f}" if agree else "void"
+    print(
+        f"ratio {ratio} (target 1.25; MFU 45%); losses of {len(ours)} steps differ by {differ:.0e}"
+    )
+    print(json.dumps({"size": size, "tokens_per_second": rates, "agree": agree, "sides": found}))
+    return agree
 
 
 if __name__ == "__main__":

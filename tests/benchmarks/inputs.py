@@ -105,10 +105,12 @@ def write_adapter(folder: Path, hf: dict[str, Any]) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
-def write_even_documents(file: Path, count: int, length: int) -> None:
+def write_even_documents(
+    file: Path, count: int, length: int, vocab: int = SMALL["vocab_size"]
+) -> None:
     """Random documents of one length; every token bears loss."""
     random = np.random.default_rng(SEED)
-    documents = random.integers(0, SMALL["vocab_size"], (count, length), np.int32)
+    documents = random.integers(0, vocab, (count, length), np.int32)
     _save(file, [(tokens, np.ones(length, bool)) for tokens in documents])
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from jaxtune import heap
 
-heap.keep_freed()  # as `jaxtune train` does, before jax starts its threads
+heap.keep_freed()  # both as `jaxtune train` does, before jax starts its threads
+heap.pause_collector()
 
 import jax  # see above
 import protocol
@@ -19,7 +20,6 @@ import protocol
 from jaxtune import aot, assemble, setup, sharding
 from jaxtune.config import Config, freeze
 from jaxtune.data import packing, pipeline
-from jaxtune.step import jit_eval, jit_train
 
 
 def main() -> None:
@@ -33,14 +33,15 @@ def main() -> None:
     args = parser.parse_args()
     config = _config(args.adapter, args.dtype, args.rows, args.length)
     mesh = sharding.make_mesh(config.mesh)
-    config = aot.resolve_remat(config, Path(args.base), mesh)
-    jax.set_mesh(mesh)
     assembly = assemble.assemble(config, Path(args.base), mesh)
+    config, assembly = aot.resolve_remat(config, assembly, mesh)
+    jax.set_mesh(mesh)
     program = setup.program(config, assembly, steps=1)
+    train_step, eval_step = aot.steps(config, assembly, program, mesh, (args.length, None))
     state, frozen = setup.initial(config, assembly, program, mesh)
-    train_step, eval_step = jit_train(program, state), jit_eval(program)
     rows = pipeline.eval_batches(_rows(args.documents, args.length), args.rows)
     batches = list(setup.to_mesh(rows, mesh))
+    heap.resume_collector()
 
     def first() -> dict[str, Any]:
         nonlocal state

@@ -3,7 +3,8 @@
 Builds environments for the peers in .bench/ (peers.txt and peers_tunix.txt pin them), prints a
 table and writes .bench/result.json. Rounds of two sides alternate, so both see the same state of
 the machine, and the losses must agree or there is no ratio. Exits with 1 when a target is missed.
-The TPU rows take an hour of two cores, and so run only when asked for: --only tpu.
+The TPU rows take an hour of two cores, and those of the sweep half of one, and so they run only
+when asked for: --only tpu, sweep, quality or sweep-tpu.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 import inputs
 import own
 import steps
+import sweep
 import tpu
 from table import BENCH, HERE, PEFT, ROOT, TUNIX, Result, line, make_environment, versions
 
@@ -29,7 +31,12 @@ PARTS = {
     "loading": own.loading,
     "help": own.start,
 }
-HEAVY = {"tpu": tpu.rows}
+HEAVY = {
+    "tpu": tpu.rows,
+    "sweep": sweep.clock,
+    "quality": sweep.quality,
+    "sweep-tpu": sweep.tpu,
+}
 
 
 def main() -> None:

@@ -38,14 +38,21 @@ def main(folder: Path) -> dict[str, Any]:
     said["exchanged"] = pods.exchange(f"word {index}")
     said["agree"] = [pods.all_agree(True), pods.all_agree(index == 0)]
 
-    base = {"config": {"optim": {"lr": 0.1}, "seed": 0}, "run": {"data": "a" * 64, "steps": 4}}
+    run = {"data": "a" * 64, "steps": 4, "config": {"optim": {"lr": 0.1}}}
+    base = {"config": {"optim": {"lr": 0.1}, "seed": 0}, "run": run}
     said["same"] = refusal(lambda: pods.check_same(base))
     changes = [
-        ("config.optim.lr", {"config": {"optim": {"lr": 0.2}, "seed": 0}}),
+        (
+            "config.optim.lr",
+            {
+                "config": {"optim": {"lr": 0.2}, "seed": 0},
+                "run": run | {"config": {"optim": {"lr": 0.2}}},
+            },
+        ),
         ("config.seed", {"config": {"optim": {"lr": 0.1}, "seed": 1}}),
-        ("run.data", {"run": {"data": "b" * 64, "steps": 4}}),
-        ("run.steps", {"run": {"data": "a" * 64, "steps": 5}}),
-        ("run.tokenizer", {"run": base["run"] | {"tokenizer": "c"}}),
+        ("run.data", {"run": run | {"data": "b" * 64}}),
+        ("run.steps", {"run": run | {"steps": 5}}),
+        ("run.tokenizer", {"run": run | {"tokenizer": "c"}}),
     ]
     said["differ"] = {
         field: refusal(lambda change=change: pods.check_same(base | (change if index else {})))

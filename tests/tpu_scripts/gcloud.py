@@ -53,7 +53,7 @@ def arrive(state: dict):
 
 
 def answer(state: dict) -> str:
-    """What create, describe and delete print; the state changes in place."""
+    """What create, describe, list and delete print; the state changes in place."""
     kind, verb, name = words[2:5]
     if verb == "create":
         names = [name]
@@ -76,6 +76,8 @@ def answer(state: dict) -> str:
             fail(f"ERROR: NOT_FOUND: Resource '{name}' was not found")
         addresses = ";".join(f"10.0.0.{i + 1}" for i in range(state["workers"]))
         return f"{state['nodes'][name]}\t{addresses}"
+    if verb == "list":
+        return "\n".join(state["nodes"])
     if verb == "delete":
         if kind == "queued-resources":
             state["queue"], state["nodes"] = None, {}

@@ -1,6 +1,7 @@
 """run.sh, logs.sh and fetch.sh: the commands really run, in a bash for each host."""
 
 import os
+import shutil
 import signal
 import sys
 
@@ -204,6 +205,60 @@ def test_half_a_folder_is_never_taken_for_all_of_it(cloud: Cloud, fault: dict):
     result = cloud.run("fetch", "mine", ZONE, "--from=runs", "--to=out")
     assert result.returncode == 1
     assert not list(cloud.folder.glob("out*"))
+
+
+def test_fetch_says_what_is_not_there(cloud: Cloud):
+    """The slice, its host, what is installed there, or the folder: one line each, all different."""
+    words = ["mine", ZONE, "--from=runs", "--to=out"]
+    said = []
+
+    def fetch(code: int, *more: str):
+        result = cloud.run("fetch", *words, *more)
+        assert result.returncode == code, result.stderr
+        assert not list(cloud.folder.glob("out*"))
+        said.append(result.stderr.splitlines()[-1].partition("; try: "))
+
+    cloud.write_state(nodes={"mine-0": "READY", "other": "READY"})
+    fetch(2)
+    cloud.write_state(nodes={"mine": "PREEMPTED"})
+    fetch(69)
+    cloud.write_state(nodes={"mine": "CREATING"})
+    fetch(69)
+    cloud.ready()
+    fetch(2, "--worker=1")
+    fetch(1)
+    shutil.rmtree(cloud.home() / "jaxtune-code")
+    fetch(1)
+    assert [what.removeprefix("fetch: error: ") for what, _, _ in said] == [
+        "there is no mine in us-west4-a (there is mine-0, other)",
+        "mine is PREEMPTED, not READY: its hosts are gone, and their disks with them",
+        "mine is CREATING, not READY",
+        "mine has no host 1",
+        "there is no runs on host 0 of mine",
+        "nothing is installed on host 0 of mine",
+    ]
+    assert "--node-count" in said[0][2]
+    assert "gs://" in said[1][2]
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        ("Did not find existing container at: gs://bucket/a", "there is nothing at gs://bucket/a"),
+        (
+            "HTTPError 404: The specified bucket does not exist.",
+            "there is nothing at gs://bucket/a",
+        ),
+        ("HTTPError 403: Forbidden", "not all of gs://bucket/a is in out"),
+    ],
+)
+def test_fetch_tells_an_empty_place_from_a_failure(cloud: Cloud, error: str, what: str):
+    fault = {"match": "rsync", "on": [1], "error": f"ERROR: (gcloud) {error}", "code": 1}
+    cloud.write_state(faults=[fault])
+    result = cloud.run("fetch", "--from=gs://bucket/a", "--to=out")
+    assert result.returncode == 1
+    assert f"fetch: error: {what}; try: " in result.stderr
+    assert (cloud.folder / "out").exists() == ("nothing" not in what)
 
 
 def test_fetch_from_a_bucket_needs_no_slice(cloud: Cloud):

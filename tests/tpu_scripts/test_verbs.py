@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxtune.plan import topologies
 from tests.tpu_scripts.cloud import (
     BUSY,
     FULL,
@@ -209,6 +210,20 @@ def test_create_calls_gcloud_once_and_says_what_it_costs(
     assert "costs money until: tpu_scripts/delete.sh mine --zone=us-west4-a" in result.stderr
 
 
+def test_create_takes_the_sizes_that_the_plan_knows_and_no_others(cloud: Cloud):
+    sizes = list(topologies.named())
+    wrong = ["v5litepod-7", "v5litepod-512", "v6e-3", "v5p-12", "v4-4", "tpu7x-4", "v2-16"]
+    wrong += ["v5p-200", "v5litepod-0001"]
+    for name, code in [(name, 0) for name in sizes] + [(name, 2) for name in wrong]:
+        result = cloud.run("create", "mine", ZONE, "--dry-run", f"--accelerator-type={name}")
+        assert result.returncode == code, (name, result.stderr)
+        if code:
+            assert result.stderr.count("\n") == 1
+            assert cloud.calls() == []
+    said = cloud.run("create", "mine", ZONE, "--accelerator-type=v5litepod-7").stderr
+    assert "there is no v5litepod-7; the sizes of v5litepod are 1 4 8 16 32 64 128 256" in said
+
+
 def test_the_project_is_passed_on_and_repeated_in_what_is_said(cloud: Cloud):
     result = cloud.run("create", "mine", ZONE, "--project=my-project", *FULL["create"])
     assert cloud.calls()[0][5:8] == [ZONE, "--project=my-project", "--quiet"]
@@ -309,10 +324,17 @@ def test_delete_takes_the_queue_with_its_nodes(cloud: Cloud):
     assert deletes == [[*TPUS, "queued-resources", "delete", "mine", ZONE, "--quiet", "--force"]]
 
 
-def test_delete_of_nothing_points_to_the_other_zones(cloud: Cloud):
+def test_delete_of_nothing_says_what_there_is_and_where_else_to_look(cloud: Cloud):
     result = cloud.run("delete", "mine", ZONE, "--yes")
     assert result.returncode == 1
+    assert "there is no mine in us-west4-a, so nothing was deleted" in result.stderr
     assert "gcloud compute tpus tpu-vm list --zone=-" in result.stderr
+    cloud.write_state(nodes={"mine-0": "READY", "mine-1": "READY"})
+    result = cloud.run("delete", "mine", ZONE, "--yes")
+    assert result.returncode == 1
+    assert "there is no mine in us-west4-a (there is mine-0, mine-1)" in result.stderr
+    assert "--node-count" in result.stderr
+    assert cloud.state()["nodes"] == {"mine-0": "READY", "mine-1": "READY"}
 
 
 def test_delete_that_did_not_delete_says_so(cloud: Cloud):

@@ -1,0 +1,131 @@
+"""How a sweep ends: the winner handed over, the report written, the result in one file."""
+
+import gc
+import hashlib
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jaxtune
+from jaxtune import setup
+from jaxtune.console import say
+from jaxtune.sweep import findings, halving, report, trials, winner
+from jaxtune.sweep import space as spaces
+from jaxtune.sweep.asked import Sweep, Trained, summary
+from jaxtune.sweep.records import SEARCH, Record, Summary
+from jaxtune.workdir import InUse, lock
+
+TRIALS = "trials"  # folder of the trials' states
+RELOADS = 3.0  # times the way to the first step: the base is loaded to score and to export it
+_LOCK = ".ending.lock"  # of the worker that ends the sweep
+
+
+def done(sweep: Sweep) -> dict[str, Any] | None:
+    """The result of a sweep that has ended and was asked for the same."""
+    try:
+        result = json.loads((sweep.workdir / winner.RESULT).read_text())
+    except (OSError, ValueError):
+        return None
+    same = isinstance(result, dict) and result.get("asked") == _asked(sweep)
+    return result if same and (sweep.workdir / winner.BEST).is_dir() else None
+
+
+def _asked(sweep: Sweep) -> str:
+    """A digest of all settings."""
+    text = json.dumps(setup.portable(sweep.config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def end(sweep: Sweep, trained: Trained) -> dict[str, Any]:
+    """Hands the winner over and reports, unless another worker does, or has done so.
+
+    Raises:
+      Failure: what has been trained is kept; the same command ends the sweep.
+    """
+    try:
+        with lock(sweep.workdir, name=_LOCK):
+            return done(sweep) or _end(sweep, trained)
+    except InUse:
+        say(f"nothing is left to train; another worker ends the sweep in {sweep.workdir}")
+        return {"workdir": str(sweep.workdir), "ended_by": "another worker"}
+
+
+def _end(sweep: Sweep, trained: Trained) -> dict[str, Any]:
+    study, workdir = trained.study, sweep.workdir
+    records = study.records()
+    best = winner.choose(records)
+    config = spaces.configured(trained.engine.config, best.params)
+    number = best.number if best.of is None else best.of
+    say(f"the winner is trial {number}, held-out loss {best.loss:.4f}")
+    for line in _notes(sweep, records, best):
+        study.note(line)
+    folder, name = workdir / TRIALS, repr(study.started)
+    state = winner.state_of(trained.engine, config, best, folder, name, sweep.check_stop)
+    made = workdir / f"{winner.BEST}.saving"
+    step = winner.write(trained.engine, config, best, state, made)
+    del state
+    trained.engine = None
+    gc.collect()  # the base is loaded again, to score and export what is on the disk
+    sweep.check_stop()
+    scores = winner.hand_over(best, step, made, workdir)
+    text = winner.page(config, sweep.space, best.params, sweep.own)
+    winner.write_text(workdir / winner.PAGE, text)
+    whole = summary(sweep, trained, records, best)
+    pages = report.write(whole, workdir)
+    result = _result(sweep, whole, best, scores) | {"steps": step, "report": str(pages[0])}
+    winner.write_json(workdir / winner.RESULT, result)
+    for record in records:
+        if record.status in ("stopped", "diverged"):
+            trials.drop(folder, record.number)
+    return result
+
+
+def _notes(sweep: Sweep, records: Sequence[Record], best: Record) -> list[str]:
+    """What is to be said of the search."""
+    found = [winner.sound_rates(records)]
+    if best.status != "finished":
+        found.append(f"the winner is trained as far as micro-batch {best.results[-1].position}")
+    if sweep.partial and best.role != "final":
+        found.append("there was no time to train finalists on everything")
+    for held in halving.agreement(records):
+        if held.trials > 1:
+            found.append(
+                f"of {held.trials} trials, the best at rung {held.rung + 2} was number "
+                f"{held.best_was} at rung {held.rung + 1}"
+            )
+    return [line for line in found if line]
+
+
+def _result(sweep: Sweep, whole: Summary, best: Record, scores: dict[str, Any]) -> dict[str, Any]:
+    """What result.json holds."""
+    records, workdir = whole.records, sweep.workdir
+    baseline = findings.baseline(whole)
+    gain = findings.gain(whole)
+    again = {name: [r.results[-1].loss for r in records if r.repeats == name and r.results]
+             for name in ("winner", "defaults")}  # fmt: skip
+    early = baseline.loss if baseline else None  # where there was no time for repeats
+    return {
+        "winner": best.number if best.of is None else best.of,
+        "params": dict(best.params),
+        "loss": scores["tuned"]["loss"],
+        "accuracy": scores["tuned"]["accuracy"],
+        "loss_before": scores["base"]["loss"],
+        "defaults": {
+            "params": sweep.own,
+            "loss": statistics.fmean(again["defaults"]) if again["defaults"] else early,
+            "whole": bool(again["defaults"]) or (bool(baseline) and baseline.status == "finished"),
+        },
+        "repeats": again | {"verdict": gain.verdict if gain else "unknown"},
+        "trials": dict(Counter(r.status for r in records if r.role in SEARCH)),
+        "tokens": whole.tokens,
+        "seconds": round(whole.seconds, 3),
+        "programs_after_first_rung": whole.programs_after_first_rung,
+        "best": str(workdir / winner.BEST),
+        "config": str(workdir / winner.PAGE),
+        "export": str(workdir / winner.EXPORT),
+        "notes": list(whole.notes),
+        "asked": _asked(sweep),
+        "version": jaxtune.__version__,
+    }
