@@ -202,6 +202,11 @@ def describe(config: Config, folder: Path) -> tuple[Family, LayerConfig]:
             f"task={config.task} needs a model that writes text, and {folder} is an encoder",
             fix="--config.task=classify, or a causal model",
         )
+    if config.train.label_smoothing and getattr(model, "final_softcap", 0.0):
+        raise ConfigError(
+            f"train.label_smoothing is {config.train.label_smoothing} and {folder} caps its logits",
+            fix="train.label_smoothing=0",
+        )
     if config.model.router_aux is not None:
         if model.experts is None:
             raise ConfigError(

@@ -316,7 +316,10 @@ def _read(
     config: Config, points: Mapping[str, Sequence[Any]], folder: Path, mesh: Mesh
 ) -> tuple[Config, Assembly, Rows, Rows]:
     """-> (config with what the data decided, widest model, training rows, held-out rows)."""
-    family, model = assemble.describe(config, folder)
+    smoothing = max(points.get("train.label_smoothing", (config.train.label_smoothing,)))
+    family, model = assemble.describe(
+        replaced(config, {"train.label_smoothing": smoothing}), folder
+    )
     config = setup.within_positions(config, model)
     tokens = tokenizer.load_tokenizer(str(folder), model.vocab_size)
     prepared = pipeline.prepare(config, tokens, say, setup.form(folder, model))

@@ -202,6 +202,22 @@ def test_what_cannot_be_in_one_population_is_refused(folder, engine):
         population.open_engine(base(folder, data__eval=""), {})
 
 
+def test_smoothing_of_capped_logits_is_refused(folder, tmp_path):
+    sizes = {
+        "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "head_dim": 4,
+        "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "sliding_window": 32,
+        "query_pre_attn_scalar": 4, "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    tiny.write_complete(tmp_path / "gemma2", **sizes)
+    capped = base(folder, model__path=str(tmp_path / "gemma2"))
+    message = r"train\.label_smoothing is 0\.1 and .* caps its logits"
+    with pytest.raises(ConfigError, match=message):
+        population.open_engine(capped, {"train.label_smoothing": [0.0, 0.1]})
+    with pytest.raises(ConfigError, match=message):
+        train.fit(replaced(capped, {"train.label_smoothing": 0.1}), tmp_path / "run")
+
+
 def test_unused_slots_and_diverging_neighbours_change_nothing(folder, engine):
     trial = replaced(base(folder), TRIALS[0])
     _, quiet = run(engine, [trial], 8)

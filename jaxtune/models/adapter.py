@@ -81,7 +81,7 @@ low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], dtype, *, salt: int, first: int) -> jax.Array:
-    """First values of A, [..., I, R]: uniform in +-1/sqrt(I), PEFT's kaiming_uniform of a = sqrt(5).
+    """First values of A, [..., I, R], uniform in +-1/sqrt(I): PEFT's kaiming_uniform_ (a=sqrt(5)).
 
     A column of one layer's A depends on seed, layer, module and its own number alone: the same for
     every rank and however layers are stacked, so that trials of a sweep differ in nothing else.

@@ -1,1 +1,1 @@
-"""`jaxtune sweep`: many trainings over one frozen base, compared early, the best trained to the end."""
+"""`jaxtune sweep`: many trainings over one base, compared early, the best trained to the end."""

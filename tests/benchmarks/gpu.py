@@ -196,10 +196,13 @@ def report(size: str, tokens: int, most: float, found: dict[str, dict[str, Any]]
         )
     ours, theirs = (side["losses"] for side in found.values())
     differ = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-    agree = math.isfinite(differ) and differ <= most
+    fell = (theirs[0] - theirs[-1]) / theirs[0]  # else a side that learns nothing would agree
+    finite = all(map(math.isfinite, ours + theirs))  # a maximum may skip what is not
+    agree = finite and differ <= most and fell > 2 * differ
     ratio = f"{rates['jaxtune'] / rates['trl']:.2f}" if agree else "void"
     print(
-        f"ratio {ratio} (target 1.25; MFU 45%); losses of {len(ours)} steps differ by {differ:.0e}"
+        f"ratio {ratio} (target 1.25; MFU 45%); losses of {len(ours)} steps differ by "
+        f"{differ:.0e} and fell by {fell:.0e}"
     )
     print(json.dumps({"size": size, "tokens_per_second": rates, "agree": agree, "sides": found}))
     return agree
