@@ -1,4 +1,4 @@
-"""A stand-in for `population.Engine`: quadratic bowls in numpy, for tests of what is around it.
+"""A stand-in for `engine.Engine`: quadratic bowls in numpy, for tests of what is around it.
 
 A trial walks down 0.5 |w - target|^2 with momentum. Micro-batches are noisy by their position, so
 that the order of rows matters; a rate above 2 diverges; rank is the number of free dimensions.

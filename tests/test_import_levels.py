@@ -15,7 +15,7 @@ LEVELS = {
     "step": 4, "assemble": 4, "manifest": 4,
     "checkpoint": 5, "metrics": 5, "decoding": 5, "workdir": 5, "setup": 5, "slots": 5,
     "deadline": 5,
-    "estimate": 6, "members": 6, "scoring": 6, "aot": 7, "population": 8,
+    "estimate": 6, "members": 6, "scoring": 6, "aot": 7, "engine": 7, "population": 8,
     "train": 8, "tuned": 8,
     "compare": 9, "plan": 9, "doctor": 9, "sweep": 9,
     "cli": 10,

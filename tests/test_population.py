@@ -202,6 +202,19 @@ def test_what_cannot_be_in_one_population_is_refused(folder, engine):
         population.open_engine(base(folder, data__eval=""), {})
 
 
+@pytest.mark.parametrize(
+    ("changes", "ranks", "message"),
+    [
+        ({}, [0, 4], r"lora\.r is of 0, 4, 16 in one population.*two sweeps"),
+        ({"optim__name": "muon"}, [4, 8], r"optim\.name is muon.*adamw or lion"),
+        ({"lora__init": "adapter"}, [4, 8], r"lora\.init is an adapter of one rank"),
+    ],
+)
+def test_ranks_that_cannot_be_padded_are_refused(folder, changes, ranks, message):
+    with pytest.raises(ConfigError, match=message):
+        population.open_engine(base(folder, **changes), {"lora.r": ranks})
+
+
 def test_smoothing_of_capped_logits_is_refused(folder, tmp_path):
     sizes = {
         "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "head_dim": 4,

@@ -71,7 +71,7 @@ class Sweep(NamedTuple):
 class Trained:
     """What a worker of a sweep has at hand."""
 
-    engine: Any  # population.Engine; None once its memory is given back
+    engine: Any  # engine.Engine; None once its memory is given back
     study: Study
     micro: int  # rows of a micro-batch
     pace: Pace

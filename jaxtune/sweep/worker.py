@@ -41,7 +41,7 @@ _POINTS = 16  # of a curve, up to the first rung
 
 
 class Engine(Protocol):
-    """What of `population.Engine` a worker needs."""
+    """What of `engine.Engine` a worker needs."""
 
     widths: tuple[int, ...]  # largest first
     micro: int  # rows of a micro-batch
