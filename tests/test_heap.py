@@ -1,10 +1,13 @@
-"""Memory that a process frees and wants again, seen by the kernel's count of page faults."""
+"""Memory that a process frees and wants again, seen by the kernel's count of page faults; gc."""
 
+import gc
 import os
 import subprocess
 import sys
 
 import pytest
+
+from jaxtune import heap
 
 # Prints whether the setting took, and the page faults of a 64 MiB array that follows a freed one,
 # both made in a thread that is not the first.
@@ -40,3 +43,15 @@ def test_freed_memory_is_used_again():
         pytest.skip("the C library is not glibc")
     assert faults < 100
     assert run("None")[1] > 1000
+
+
+def test_the_collector_rests_and_then_passes_over_what_there_was():
+    before = gc.get_freeze_count()
+    heap.pause_collector()
+    try:
+        assert not gc.isenabled()
+    finally:
+        heap.resume_collector()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > before
+    gc.unfreeze()

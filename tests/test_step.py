@@ -1,12 +1,14 @@
 """The step: what it trains, how it averages, what it skips, and that it compiles once."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from jaxtune import assemble, config, setup, sharding, step, tree
+from jaxtune import aot, assemble, config, setup, sharding, step, tree
 from jaxtune.data.packing import Batch
 from jaxtune.models.decoder import Decoder, DecoderConfig
 from jaxtune.models.stacks import REMAT
@@ -71,6 +73,46 @@ def test_learns_and_compiles_once(base):
     assert losses[-1] < losses[0] - 0.1
     assert int(state.step) == 6
     assert train._cache_size() == 1
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_call_finds_what_the_thread_compiled(base, devices, resumes):
+    """The shapes and places it was compiled for are those that the run then has."""
+    wanted = settings(base)
+    mesh = sharding.make_mesh(wanted.mesh, jax.devices()[:devices])
+    assembly = assemble.assemble(wanted, base, mesh)
+    program = setup.program(wanted, assembly, 10)
+    widths = (WIDTH, WIDTH)
+    train, evaluate = aot.steps(wanted, assembly, program, mesh, widths, resumes=resumes)
+    state, frozen = setup.initial(wanted, assembly, program, mesh)
+    (one,) = setup.to_mesh([batch()], mesh)
+    compiled = []
+
+    def note(event: str, duration_secs: float, **kwargs) -> None:
+        if "compile" in event and threading.current_thread() is threading.main_thread():
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        with jax.set_mesh(mesh):
+            before = evaluate(state.trainable, frozen, one)
+            state, measured = train(state, frozen, one)
+            jax.block_until_ready(state)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert compiled == []
+    assert float(before.total) == pytest.approx(float(measured.loss.total), rel=1e-5)
+
+
+def test_what_cannot_be_compiled_ahead_is_said_by_the_call(base):
+    def wrong(x):
+        raise ValueError("no such program")
+
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    (call,) = aot.ahead(mesh, (jax.jit(wrong), (jax.ShapeDtypeStruct((2,), jnp.float32),)))
+    with pytest.raises(ValueError, match="no such program"):
+        call(jnp.zeros(2))
 
 
 def test_first_loss_is_the_bases_own(base):

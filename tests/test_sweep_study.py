@@ -457,6 +457,21 @@ def test_trials_of_a_killed_worker_go_back(tmp_path, kind):
     assert sum(r.tokens for r in found.records()) == 2.5 * 160
 
 
+def test_those_are_counted_that_are_at_work(tmp_path, monkeypatch):
+    away = opened(tmp_path, lease=100.0)
+    assert away.workers() == 1
+    here = opened(tmp_path, lease=100.0)
+    away._session._values |= {"place": "another machine"}
+    away.renew()
+    assert here.workers() == 2
+    since = time.time()
+    monkeypatch.setattr(time, "time", lambda: since + 101)
+    here.renew()
+    assert here.workers() == 1
+    away.renew()  # it was only slow
+    assert here.workers() == 2
+
+
 def test_a_worker_elsewhere_is_dead_after_its_lease(tmp_path, monkeypatch):
     away = opened(tmp_path)
     away._session._values |= {"place": "another machine"}

@@ -175,6 +175,7 @@ def _pace(sweep: Sweep, engine: Any, study: Study) -> Pace:
         sweep.budget,
         ask,
         study.seconds,
+        study.workers,
         widths=engine.widths,
         tokens=engine.micro * sweep.searched.data.max_length,
         close=ending.RELOADS * (time.time() - sweep.began),

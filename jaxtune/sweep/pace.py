@@ -26,6 +26,7 @@ class Pace:
         budget: Budget | None,
         ask: Ask,
         used: Callable[[], float],
+        workers: Callable[[], int] = lambda: 1,
         *,
         widths: Sequence[int],
         tokens: float,
@@ -37,6 +38,7 @@ class Pace:
         Args:
           budget: of all devices together, so not in chip time.
           used: seconds so far, of all processes and sessions.
+          workers: how many share the trials now.
           widths: of the populations there may be.
           tokens: of a micro-batch of one trial, at most.
           close: seconds that it takes to end a sweep, at a guess.
@@ -45,6 +47,7 @@ class Pace:
         self.plan: Plan | None = None
         self._budget = budget
         self._used = used
+        self._workers = workers
         self._clock = clock
         self._in_tokens = budget is not None and budget.unit == "tokens"
         self._measured = Measured(close=0.0 if self._in_tokens else close)
@@ -127,7 +130,8 @@ class Pace:
             self._spent = float(sum(record.tokens for record in records))
         done = progress(records, live, self.ask, self.used())
         before, (amount, unit) = self.plan, self._budget
-        self.plan = plan(amount, self.ask, costs, done, unit=unit)
+        workers = 1 if self._in_tokens else self._workers()  # tokens are counted, not shared
+        self.plan = plan(amount, self.ask, costs, done, unit=unit, workers=workers)
         if before and (before.enter, before.repeats) == (self.plan.enter, self.plan.repeats):
             return None
         return describe(self.plan, self.ask, amount, done.used, unit)

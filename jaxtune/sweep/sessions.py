@@ -79,6 +79,13 @@ class Session:
         attrs = self._study.user_attrs
         return {key for key in keys if self._alive(key, attrs.get(_PREFIX + key))}
 
+    def count(self) -> int:
+        """How many are at work, this one included: those with a sign of life within a lease."""
+        late = time.time() - self._lease
+        own = {k.removeprefix(_PREFIX): v for k, v in self._study.user_attrs.items()
+               if k.startswith(_PREFIX)}  # fmt: skip
+        return len(self.alive({key for key, values in own.items() if values["seen"] > late}))
+
     def _alive(self, key: str, values: dict[str, Any] | None) -> bool:
         if key == self.key or values is None:
             return key == self.key

@@ -183,6 +183,11 @@ class Study:
         with self._store.guarded():
             self._session.renew()
 
+    def workers(self) -> int:
+        """How many workers are at work, this one included."""
+        with self._store.guarded():
+            return self._session.count()
+
     def requeue(self) -> list[int]:
         """Numbers of trials whose workers are dead; they wait again. `claim` does it too."""
         with self._store.turn():
