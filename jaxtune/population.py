@@ -206,7 +206,7 @@ def fits(layout: Layout, width: int, length: int) -> bool:
     wide = _as_batch(layout.config, width * layout.micro)
     need = estimate.memory(wide, layout.assembly, layout.program, layout.mesh)
     own = width * (2 * need.adapters + need.optimizer)
-    return own + need.base + need.saved + need.working <= 2 * aot.cpu_share()
+    return own + need.base + need.saved + need.working <= aot.cpu_share()
 
 
 def _as_batch(config: Config, rows: int) -> Config:

@@ -136,16 +136,18 @@ def test_one_worker_sends_exactly_the_best_of_a_rung(trials, eta, slots, seed):
 
 
 def test_sixteen_trials_cost_two_and_a_half_whole_trainings():
-    search = Search(16, 3, 4, 1, 160, {"a": 8}, 0)
-    assert search.ends == (10, 40, 160)
+    search = Search(16, 3, 4, 1, 1024, {"a": 8}, 0)
+    assert search.ends == (64, 256, 1024)
     assert search.enter == (16, 4, 1)
     search.run()
-    assert sum(r.results[-1].position for r in search.records) == 2.5 * 160
+    assert sum(r.results[-1].position for r in search.records) == 2.5 * 1024
 
 
 def test_positions_and_quotas():
-    assert halving.positions(100, 3, 4) == (7, 25, 100)
-    assert halving.positions(3, 3, 4) == (1, 3)  # ceil(3/4) is 1 as well
+    assert halving.positions(1024, 3, 4) == (64, 256, 1024)
+    assert halving.positions(1024, 3, 4, every=4) == (128, 363, 1024)  # 32 updates, evenly on
+    assert halving.positions(100, 3, 4) == (13, 36, 100)  # an eighth, though that is 13 updates
+    assert halving.positions(3, 4, 4) == (1, 2, 3)  # two of four are one
     assert halving.positions(5, 1, 4) == (5,)
     assert halving.quotas(16, 3, 4, 2) == (16, 4, 2)
     assert halving.quotas(2, 3, 4, 3) == (2, 2, 2)

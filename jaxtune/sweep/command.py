@@ -119,7 +119,8 @@ def _begun(sweep: Sweep) -> Trained:
     asked = sweep.config.sweep
     compiles.count()  # from here on
     engine = _opened(sweep, sweep.searched, asked.data_fraction)
-    rungs = halving.positions(_longest(sweep, engine), asked.rungs, asked.eta)
+    every = engine.member(engine.config).every
+    rungs = halving.positions(_longest(sweep, engine), asked.rungs, asked.eta, every)
     identity = {
         "model": sweep.model,
         "tokenizer": tokenizer.tokenizer_digest(str(engine.folder)),

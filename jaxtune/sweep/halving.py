@@ -26,6 +26,9 @@ _CERTAIN = 5.0  # standard errors by which it must still be behind when the rung
 _MARGIN = 0.01  # and by this share of the better one's loss
 
 
+UPDATES = 32  # of a trial before it is first compared, where that is no more than an eighth
+
+
 class Exit(NamedTuple):
     """Why a trial is not worth its rung."""
 
@@ -42,12 +45,23 @@ class Agreement(NamedTuple):
     best_was: int  # rank at `rung`, 1 is first, of the one that is best at the next
 
 
-def positions(longest: int, rungs: int, eta: int) -> tuple[int, ...]:
+def positions(longest: int, rungs: int, eta: int, every: int = 1) -> tuple[int, ...]:
     """Where trials are compared, in micro-batches; the last is `longest`, the whole training.
 
-    Rungs that a short training cannot keep apart are one.
+    Each is eta times the one before. In a training so short that the first would have fewer than
+    UPDATES updates, which say little (high rates lead at first), it has these or an eighth of the
+    training, and the others lie evenly between on a log scale. Rungs that cannot be kept apart are
+    one.
+
+    Args:
+      every: micro-batches of an update.
     """
-    return tuple(sorted({math.ceil(longest / eta**back) for back in range(rungs)}))
+    if rungs == 1:
+        return (longest,)
+    first = max(longest / eta ** (rungs - 1), min(UPDATES * every, longest / 8))
+    ratio = (longest / first) ** (1 / (rungs - 1))
+    # Rounded first: 64 must not become 64.00000000000001, and so 65.
+    return tuple(sorted({math.ceil(round(longest / ratio**back, 6)) for back in range(rungs)}))
 
 
 def survivors(count: int, eta: int, finalists: int) -> int:
