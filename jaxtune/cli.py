@@ -161,6 +161,9 @@ def _sweep(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any
 
         result = search(config, _workdir(args), clock=lambda: time.monotonic() - _BEGAN)
     if "best" in result:
+        verdict = result["repeats"]["verdict"]
+        if verdict != "unknown":
+            say(f"beside the defaults with other seeds: {verdict}")
         say(f"done: held-out loss {result['loss']:.4f} in {result['best']}; again with "
             f"jaxtune train --config={result['config']} --workdir=DIR")  # fmt: skip
     return result

@@ -418,6 +418,14 @@ def _check_values(config: Config) -> None:
         "eval.every": (config.eval.every, 0, math.inf),
         "eval.patience": (config.eval.patience, 0, math.inf),
         "data.skip_bad_rows": (config.data.skip_bad_rows, 0, math.inf),
+        "sweep.trials": (config.sweep.trials, 0, math.inf),
+        "sweep.rungs": (config.sweep.rungs, 1, math.inf),
+        "sweep.eta": (config.sweep.eta, 2, math.inf),
+        "sweep.population": (config.sweep.population, 0, math.inf),
+        "sweep.data_fraction": (config.sweep.data_fraction, 1e-6, 1.0),
+        "sweep.max_length": (config.sweep.max_length, 0, math.inf),
+        "sweep.finalists": (config.sweep.finalists, 1, math.inf),
+        "sweep.repeats": (config.sweep.repeats, 0, math.inf),
     }
     for key, (value, least, most) in ranges.items():
         if not least <= value <= most:

@@ -25,6 +25,8 @@ from jaxtune.scoring import Score
 from jaxtune.slots import Slots
 from jaxtune.step import TrainState
 
+COMPILING = "compile"  # how the threads are named that compile an engine's programs
+
 
 class Measured(NamedTuple):
     """Of one micro-batch of every slot, [P]."""
@@ -59,7 +61,7 @@ class Engine:
         state, frozen = setup.initial(layout.config, layout.assembly, layout.program, layout.mesh)
         self._given, self._frozen = state.trainable, layout.without_scales(frozen)
         self._orders: dict[int, Any] = {}
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix=COMPILING)
         self._feeder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._next: tuple[Any, Future[Batch]] | None = None
         arguments = layout.arguments(self.member(self.config), self._given)

@@ -227,7 +227,7 @@ def portable(config: Config) -> dict[str, Any]:
 
     def absolute(value: Any) -> Any:
         there = isinstance(value, str) and value and Path(value).expanduser().exists()
-        return str(Path(value).expanduser().resolve()) if there else value
+        return str(Path(value).expanduser().absolute()) if there else value
 
     model = dataclasses.replace(config.model, path=absolute(config.model.path))
     data = dataclasses.replace(

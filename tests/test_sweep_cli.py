@@ -260,6 +260,9 @@ def test_what_no_search_can_be_done_with_ends_before_the_model_is_read(page, tmp
         'sweep.space={"model.dtype":["choice","bfloat16"]}': "which cannot vary",
         "sweep.budget=soon": "sweep.budget 'soon' is no amount of time or tokens",
         "train.budget=1h": "train.budget is of one training",
+        "sweep.eta=1": "sweep.eta is 1; try: 2 or more",
+        "sweep.data_fraction=1.5": "sweep.data_fraction is 1.5; try: from 1e-06 to 1.0",
+        "sweep.storage=/nowhere/to/be/found/sweep.db": "storage]: sweep.storage /nowhere/to",
         "sweep.trials=0": "sweep.trials is 0, and there is no sweep.budget",
         "sweep.storage=/dev/null/sweep.db": "storage]: sweep.storage /dev/null/sweep.db",
     }

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from jaxtune.budget import Budget
-from jaxtune.config import replaced
+from jaxtune.config import Config, replaced
 from jaxtune.errors import ConfigError, NumericsError, StorageError
 from jaxtune.signals import Stop
 from jaxtune.sweep import halving, trials, winner, worker
 from jaxtune.sweep.pace import width_for
-from jaxtune.sweep.records import SEARCH, Record
+from jaxtune.sweep.records import SEARCH, Record, Result
 from jaxtune.sweep.worker import Setting
 from tests.sweep_engine import StandIn, facts, setting
 
@@ -242,3 +242,18 @@ def test_a_population_that_shrinks_parks_what_has_no_place(tmp_path):
     for record in records:
         for result, tokens in zip(record.results, (160, 160, 320), strict=False):
             assert result.tokens == tokens  # parked, they did nothing twice
+
+
+@pytest.mark.parametrize("rate", [0.05, 50.0])
+def test_a_winner_that_is_no_better_than_the_base_is_not_handed_over(rate):
+    engine = StandIn()
+    config = replaced(Config(), {"optim.lr": rate})
+    base = engine.evaluate(engine.start(engine.empty(1), 0, engine.member(config)))[0].loss
+    loss = base - 0.1 if rate < 1 else base
+    best = Record(3, {"optim.lr": rate}, "finished", results=(Result(2, 32, loss, 0.0, 9, 1.0),))
+    if rate < 1:
+        winner.require_gain(engine, config, best, [best])
+        return
+    message = rf"no trial is better than the base model.* {base:.4f}.*trial 3.*below 50,"
+    with pytest.raises(NumericsError, match=message):
+        winner.require_gain(engine, config, best, [best])

@@ -57,6 +57,7 @@ def _end(sweep: Sweep, trained: Trained) -> dict[str, Any]:
     records = study.records()
     best = winner.choose(records)
     config = spaces.configured(trained.engine.config, best.params)
+    winner.require_gain(trained.engine, config, best, records)
     number = best.number if best.of is None else best.of
     say(f"the winner is trial {number}, held-out loss {best.loss:.4f}")
     for line in _notes(sweep, records, best):

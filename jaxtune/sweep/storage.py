@@ -77,7 +77,8 @@ class Store:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
             if self._path is not None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
+                # A workdir is made; of a path that is given, a folder that is not there is a slip.
+                self._path.parent.mkdir(exist_ok=True)
             if self._path is None or self.url.startswith("sqlite"):
                 arguments = {"timeout": self.patience} if self._path is not None else {}
                 # Two workers that make the tables at once would be in each other's way.

@@ -39,16 +39,38 @@ def choose(records: Sequence[Record]) -> Record:
     return best
 
 
+def require_gain(engine: Any, config: Config, best: Record, records: Sequence[Record]) -> None:
+    """Raises NumericsError where the base predicts the held-out rows as well as the best trial.
+
+    Losses that ran away may settle on a plateau, and then look as if they had not diverged.
+    """
+    slots = engine.start(engine.empty(min(engine.widths)), 0, engine.member(config))
+    base = engine.evaluate(slots)[0].loss
+    if best.loss is None or best.loss < base:
+        return
+    raise NumericsError(
+        f"no trial is better than the base model, whose held-out loss is {base:.4f}: the best is "
+        f"trial {best.number} with {best.loss:.4f}",
+        fix=_lower(records),
+    )
+
+
 def _all_diverged(records: Sequence[Record]) -> NumericsError:
     tried = [record for record in records if record.role in SEARCH]
-    rates = sorted(r.params["optim.lr"] for r in tried if "optim.lr" in r.params)
-    fix = "a lower optim.lr, or model.dtype=float32"
-    if rates:
-        fix = (
-            f"sweep.space optim.lr below {rates[0]:.3g}, the smallest that was tried: "
-            f"log({rates[0] / 100:.1g}, {rates[0] / 3:.1g})"
-        )
-    return NumericsError(f"all {len(tried)} trials diverged", fix=fix)
+    return NumericsError(f"all {len(tried)} trials diverged", fix=_lower(records))
+
+
+def _lower(records: Sequence[Record]) -> str:
+    """What to try where no learning rate was low enough."""
+    rates = sorted(
+        r.params["optim.lr"] for r in records if r.role in SEARCH and "optim.lr" in r.params
+    )
+    if not rates:
+        return "a lower optim.lr, or model.dtype=float32"
+    return (
+        f"sweep.space optim.lr below {rates[0]:.3g}, the smallest that was tried: "
+        f"log({rates[0] / 100:.1g}, {rates[0] / 3:.1g})"
+    )
 
 
 def sound_rates(records: Sequence[Record]) -> str | None:
