@@ -12,6 +12,7 @@ from jaxtune.errors import ConfigError
 def test_one_axis_takes_the_devices_that_remain():
     assert dict(sharding.make_mesh(MeshConfig()).shape) == {
         "slices": 1,
+        "trial": 1,
         "data": 1,
         "fsdp": 8,
         "expert": 1,
@@ -19,7 +20,7 @@ def test_one_axis_takes_the_devices_that_remain():
         "tensor": 1,
     }
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, expert=-1, tensor=2))
-    assert tuple(mesh.shape.values()) == (1, 2, 1, 2, 1, 2)
+    assert tuple(mesh.shape.values()) == (1, 1, 2, 1, 2, 1, 2)
 
 
 @pytest.mark.parametrize(

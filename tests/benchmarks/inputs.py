@@ -47,7 +47,9 @@ SHARD = 256 << 20  # bytes of one file of a large checkpoint
 def projections(hf: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """{name below `model.layers.N.`: (outputs, inputs)}."""
     width, inner = hf["hidden_size"], hf["intermediate_size"]
-    attention = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
+    narrow = width * hf.get("num_key_value_heads", heads := hf["num_attention_heads"]) // heads
+    outputs = {"q": width, "k": narrow, "v": narrow, "o": width}
+    attention = {f"self_attn.{name}_proj": (size, width) for name, size in outputs.items()}
     mlp = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
     return attention | {f"mlp.{name}": shape for name, shape in mlp.items()}
 
