@@ -6,12 +6,13 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jaxtune
 from jaxtune import setup
 from jaxtune.console import say
-from jaxtune.sweep import findings, halving, report, trials, winner
+from jaxtune.sweep import canvas, findings, halving, report, trials, winner
 from jaxtune.sweep import space as spaces
 from jaxtune.sweep.asked import Sweep, Trained, summary
 from jaxtune.sweep.records import SEARCH, Record, Summary
@@ -70,7 +71,9 @@ def _end(sweep: Sweep, trained: Trained) -> dict[str, Any]:
     trained.engine = None
     gc.collect()  # the base is loaded again, to score and export what is on the disk
     sweep.check_stop()
-    scores = winner.hand_over(best, step, made, workdir)
+    with ThreadPoolExecutor(1) as beside:
+        beside.submit(canvas.warm)
+        scores = winner.hand_over(best, step, made, workdir)
     text = winner.page(config, sweep.space, best.params, sweep.own)
     winner.write_text(workdir / winner.PAGE, text)
     whole = summary(sweep, trained, records, best)
