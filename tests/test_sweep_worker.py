@@ -13,7 +13,7 @@ from jaxtune.budget import Budget
 from jaxtune.config import Config, replaced
 from jaxtune.errors import ConfigError, NumericsError, StorageError
 from jaxtune.signals import Stop
-from jaxtune.sweep import halving, trials, winner, worker
+from jaxtune.sweep import ending, halving, trials, winner, worker
 from jaxtune.sweep.pace import width_for
 from jaxtune.sweep.records import SEARCH, Record, Result
 from jaxtune.sweep.worker import Setting
@@ -257,3 +257,18 @@ def test_a_winner_that_is_no_better_than_the_base_is_not_handed_over(rate):
     message = rf"no trial is better than the base model.* {base:.4f}.*trial 3.*below 50,"
     with pytest.raises(NumericsError, match=message):
         winner.require_gain(engine, config, best, [best])
+
+
+def test_what_speaks_against_the_winner_is_said():
+    def record(number: int, losses: list[float], repeats: str = "") -> Record:
+        results = tuple(Result(i, 10 * (i + 1), loss, 0.0, 9, 1.0) for i, loss in enumerate(losses))
+        return Record(number, {}, "finished", results=results, repeats=repeats)
+
+    calm = record(1, [3.0, 2.5, 2.4])
+    assert ending.warnings([calm], calm) == []
+    learnt = record(2, [3.0, 2.2, 2.6])
+    repeats = [record(3, [2.6], "winner"), record(4, [2.4], "defaults")]
+    by_heart, worse = ending.warnings([learnt, *repeats], learnt)
+    assert "was 2.2000 after 20 of 30 micro-batches and is 2.6000 at the end" in by_heart
+    assert "about 67% of the steps" in by_heart
+    assert "the defaults are better, 2.4000 against 2.6000" in worse

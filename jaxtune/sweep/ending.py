@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from jaxtune.workdir import InUse, lock
 
 TRIALS = "trials"  # folder of the trials' states
 RELOADS = 3.0  # times the way to the first step: the base is loaded to score and to export it
+_RISE = 0.01  # of the held-out loss towards the end that is worth a word
 _LOCK = ".ending.lock"  # of the worker that ends the sweep
 
 
@@ -61,6 +63,9 @@ def _end(sweep: Sweep, trained: Trained) -> dict[str, Any]:
     winner.require_gain(trained.engine, config, best, records)
     number = best.number if best.of is None else best.of
     say(f"the winner is trial {number}, held-out loss {best.loss:.4f}")
+    for line in warnings(records, best):
+        say(f"warning: {line}")
+        study.note(line)
     for line in _notes(sweep, records, best):
         study.note(line)
     folder, name = workdir / TRIALS, repr(study.started)
@@ -84,6 +89,29 @@ def _end(sweep: Sweep, trained: Trained) -> dict[str, Any]:
         if record.status in ("stopped", "diverged"):
             trials.drop(folder, record.number)
     return result
+
+
+def warnings(records: Sequence[Record], best: Record) -> list[str]:
+    """What speaks against the winner: rows learnt by heart, defaults that do better."""
+    found = []
+    last = best.results[-1]
+    least = min(best.results, key=lambda result: result.loss)
+    if least.loss < (1 - _RISE) * last.loss:
+        found.append(
+            f"the winner's held-out loss was {least.loss:.4f} after {least.position} of "
+            f"{last.position} micro-batches and is {last.loss:.4f} at the end: it learns its rows by "
+            f"heart; search with about {least.position / last.position:.0%} of the steps or epochs"
+        )
+    means = {}
+    for name in ("winner", "defaults"):
+        losses = [r.results[-1].loss for r in records if r.repeats == name and r.results]
+        means[name] = statistics.fmean(losses) if losses else math.nan
+    if means["defaults"] < means["winner"]:
+        found.append(
+            f"with other seeds the defaults are better, {means['defaults']:.4f} against "
+            f"{means['winner']:.4f} in the mean: do not take the winner"
+        )
+    return found
 
 
 def _notes(sweep: Sweep, records: Sequence[Record], best: Record) -> list[str]:
