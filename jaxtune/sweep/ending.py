@@ -99,8 +99,8 @@ def warnings(records: Sequence[Record], best: Record) -> list[str]:
     if least.loss < (1 - _RISE) * last.loss:
         found.append(
             f"the winner's held-out loss was {least.loss:.4f} after {least.position} of "
-            f"{last.position} micro-batches and is {last.loss:.4f} at the end: it learns its rows by "
-            f"heart; search with about {least.position / last.position:.0%} of the steps or epochs"
+            f"{last.position} micro-batches and is {last.loss:.4f} at the end: it learns its rows "
+            f"by heart; search with about {least.position / last.position:.0%} of the steps"
         )
     means = {}
     for name in ("winner", "defaults"):
