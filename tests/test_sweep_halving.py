@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxtune.sweep import halving
@@ -306,6 +306,7 @@ def test_a_gap_that_closes_in_time_is_no_domination():
     st.integers(0, 10**6),
     st.integers(1, 4),
 )
+@example([1.0, 3.0], 12, 8063, 2)  # the second runs away: diverged, whatever room there is
 def test_the_best_is_never_stopped_and_places_stay_filled(levels, windows, seed, goes_on):
     records = [running(n, c) for n, c in enumerate(curves(levels, windows, seed))]
     kept = records
@@ -319,7 +320,7 @@ def test_the_best_is_never_stopped_and_places_stay_filled(levels, windows, seed,
                 for r in kept
             ]
     left = [r for r in kept if r.status == "running"]
-    assert len(left) >= min(goes_on, len(records))
+    assert len([r for r in kept if r.status != "stopped"]) >= min(goes_on, len(records))
     third = windows // 3
     means = [sum(v for _, v in r.curve[third:]) for r in records]
     assert records[means.index(min(means))] in left
