@@ -134,7 +134,7 @@ def steps(
     state, frozen, _ = setup.abstract_inputs(config, assembly, program, mesh)
 
     def batch(width: int) -> Batch:
-        return setup.abstract_batch(config, assembly, mesh, width)
+        return setup.abstract_batch(assembly, mesh, config.train.batch_size, width)
 
     train = (jit_train(program, state), (state, frozen, batch(widths[0])))
     if widths[1] is None:

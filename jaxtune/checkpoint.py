@@ -38,6 +38,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxtune import bucket, pods
 from jaxtune import manifest as manifests
 from jaxtune.errors import StorageError
+from jaxtune.hf.write import sync
 from jaxtune.manifest import Broken
 
 MANIFEST = manifests.NAME
@@ -359,11 +360,7 @@ def _flush_to_disk(folder: epath.Path, *, inside: bool = True) -> None:
         return
     local = Path(folder)
     for path in [*(local.rglob("*") if inside else ()), local]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(path)
 
 
 @contextlib.contextmanager

@@ -5,14 +5,12 @@ alone, so those of trials with the same seed are the same rows: what they differ
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -34,8 +32,6 @@ class Measured(NamedTuple):
     loss: np.ndarray  # nats a token
     tokens: np.ndarray
     finite: np.ndarray
-    lr: np.ndarray
-    grad_norm: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,28 +54,23 @@ class Engine:
         self.config, self.folder = layout.config, layout.assembly.folder
         self.micro, self.widths, self.train, self.eval = layout.micro, widths, train, held
         self._layout, self._mesh = layout, layout.mesh
-        state, frozen = setup.initial(layout.config, layout.assembly, layout.program, layout.mesh)
-        self._given, self._frozen = state.trainable, layout.without_scales(frozen)
         self._orders: dict[int, Any] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix=COMPILING)
         self._feeder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._next: tuple[Any, Future[Batch]] | None = None
-        arguments = layout.arguments(self.member(self.config), self._given)
+        # Programs follow from shapes: they compile while the weights are read.
         self._places = jax.tree.map(lambda leaf: leaf.sharding, layout.one)  # of one trial
         new = jax.jit(layout.new_slot, out_shardings=self._places)
+        arguments = layout.arguments(self.member(self.config), layout.assembly.trained)
         self._programs = {width: self._build(width) for width in widths}
-        self._new = self._compile(lambda: new.lower(*jax.tree.map(_abstract, arguments)))
+        self._new = self._compile(lambda: new.lower(*arguments))
+        state, frozen = setup.initial(layout.config, layout.assembly, layout.program, layout.mesh)
+        self._given, self._frozen = state.trainable, layout.without_scales(frozen)
 
     @property
     def rows(self) -> int:
         """Of the training data."""
         return len(self.train)
-
-    @property
-    def tokens(self) -> int:
-        """Real tokens of a whole training with the config's own settings, about."""
-        rows = self.member(self.config).positions * self.micro
-        return round(rows * self.train.real_tokens / len(self.train))
 
     def member(self, config: Config) -> Member:
         """A trial of this population; see `Layout.member`."""
@@ -97,11 +88,8 @@ class Engine:
         one = self._new.result()(*self._layout.arguments(member, self._given))
         return self._placed(population, k, one)
 
-    def put(
-        self, population: Slots, k: int, member: Member, saved: Mapping[str, np.ndarray]
-    ) -> Slots:
+    def put(self, population: Slots, k: int, saved: Mapping[str, np.ndarray]) -> Slots:
         """A trial as `take` gave it in slot k."""
-        del member  # all of it is in what was saved
         leaves, treedef = jax.tree.flatten_with_path(self._layout.one)
         found = [saved[_name(path)] for path, _ in leaves]
         one = jax.device_put(jax.tree.unflatten(treedef, found), self._places)
@@ -131,9 +119,7 @@ class Engine:
         population, measured = programs.step.result()(population, self._frozen, batch)
         found = jax.device_get(measured)
         weight = np.maximum(found.term.weight, 1)
-        return population, Measured(
-            found.term.total / weight, found.tokens, found.finite, found.lr, found.grad_norm
-        )
+        return population, Measured(found.term.total / weight, found.tokens, found.finite)
 
     def evaluate(self, population: Slots) -> list[Score]:
         """Scores of every slot on the held-out rows; infinite where a loss is not finite."""
@@ -147,16 +133,8 @@ class Engine:
                 weight + term.weight,
                 correct + term.correct,
             )
-        losses = np.where(np.isfinite(total), total, np.inf) / weight
-        return [
-            Score(
-                float(loss),
-                math.exp(loss) if loss < 700 else math.inf,
-                float(right / count),
-                round(float(count)),
-            )
-            for loss, right, count in zip(losses, correct, weight, strict=True)
-        ]
+        total = np.where(np.isfinite(total), total, np.inf)
+        return [Score.of(*map(float, sums)) for sums in zip(total, weight, correct, strict=True)]
 
     def export_state(self, population: Slots, k: int, member: Member) -> TrainState:
         """The trial in slot k as the state of a training of its own."""
@@ -187,14 +165,15 @@ class Engine:
         layout, length = self._layout, self.train.width
         population, k = layout.population(width), np.int32(0)
         places = jax.tree.map(lambda leaf: leaf.sharding, population)
-        frozen = jax.tree.map(_abstract, self._frozen)
-        held = layout.batch(self._eval_rows(width), self.eval.width)
+        held = setup.abstract_batch(
+            layout.assembly, self._mesh, self._eval_rows(width), self.eval.width
+        )
         score = jax.jit(partial(slots.score, layout.program))
         place = jax.jit(slots.place, donate_argnums=0, out_shardings=places)
         pick = jax.jit(slots.pick, out_shardings=self._places)
         return Programs(
             self._compile(lambda: layout.step(width, length)),
-            self._compile(lambda: score.lower(population, frozen, held)),
+            self._compile(lambda: score.lower(population, layout.frozen, held)),
             self._compile(lambda: place.lower(population, k, layout.one)),
             self._compile(lambda: pick.lower(population, k)),
         )
@@ -254,12 +233,6 @@ def _restacked(
     singles = [layers[single] for single in tree.layer_paths(path)]
     stacked = np.stack([saved[prefix + stack][i] for stack, i in singles])
     return stacked[tuple(slice(size) for size in shape)]
-
-
-def _abstract(leaf: Any) -> Any:
-    if isinstance(leaf, jax.Array):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype)
 
 
 def _name(path: Any) -> str:

@@ -11,18 +11,15 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtune import assemble, optim, sharding, slots, tree
+from jaxtune import assemble, optim, setup, sharding, slots, tree
 from jaxtune.assemble import Assembly
 from jaxtune.config import VARIES, Config, dotted
-from jaxtune.data.packing import Batch
 from jaxtune.errors import ConfigError
 from jaxtune.models.adapter import Spec
-from jaxtune.models.encoder import EncoderConfig
 from jaxtune.slots import Slots
 from jaxtune.step import Program
 
@@ -81,7 +78,7 @@ class Layout:
                 "micro-batch",
                 fix=f"a multiple of {self.micro}",
             )
-        steps = config.train.steps or math.ceil(config.train.epochs * rows / batch)
+        steps = setup.total_steps(config, rows)
         hyper = optim.hyperparameters(config, steps)
         targets = assemble.targets(config, self.assembly.family, self.assembly.model)
         return Member(
@@ -131,14 +128,7 @@ class Layout:
         """The shapes of one trial, in their places."""
         member = self.member(self.config, self.config.train.batch_size)
         leaves = jax.eval_shape(self.new_slot, *self.arguments(member, self.assembly.trained))
-        return jax.tree_util.tree_map_with_path(self._placed, leaves)
-
-    def _placed(self, path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # Moments are kept under the path of what they belong to; all else is on every device.
-        owner = self.assembly.trained.get(getattr(path[-1], "key", ""))
-        same = owner is not None and owner.shape == leaf.shape
-        place = owner.sharding if owner is not None and same else NamedSharding(self.mesh, P())
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        return setup.in_place(leaves, self.assembly.trained, self.mesh)
 
     def population(self, width: int) -> Slots:
         """The shapes of so many. Where it goes up, a device has whole trials and their rows."""
@@ -161,27 +151,19 @@ class Layout:
             found = (*found, axis)
         return tuple(name for name in found if self.mesh.shape[name] > 1)
 
-    def batch(self, rows: int, length: int) -> Batch:
-        """The shapes of a batch."""
-        place = NamedSharding(self.mesh, sharding.TOKENS)
-        kinds = {name: jnp.float32 if name == "weights" else jnp.int32 for name in Batch._fields}
-        model = self.assembly.model
-        if not (isinstance(model, EncoderConfig) and model.typed_pairs):
-            kinds["types"] = None
-        leaves: dict[str, Any] = {
-            name: kind and jax.ShapeDtypeStruct((rows, length), kind, sharding=place)
-            for name, kind in kinds.items()
-        }
-        return Batch(**leaves)
+    @property
+    def frozen(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of what trials share."""
+        leaves = tree.partition(self.assembly.shapes, self.assembly.groups)[1]
+        return self.without_scales(leaves)
 
     def step(self, width: int, length: int) -> jax.stages.Lowered:
         """A micro-batch for so many trials, rows of so many tokens, lowered for the mesh."""
         population = self.population(width)
         places = jax.tree.map(lambda leaf: leaf.sharding, population)
-        frozen = tree.partition(self.assembly.shapes, self.assembly.groups)[1]
         step = jax.jit(
             partial(slots.micro_step, self.program), donate_argnums=0, out_shardings=(places, None)
         )
-        batch = self.batch(width * self.micro, length)
+        batch = setup.abstract_batch(self.assembly, self.mesh, width * self.micro, length)
         with jax.set_mesh(self.mesh):
-            return step.lower(population, self.without_scales(frozen), batch)
+            return step.lower(population, self.frozen, batch)

@@ -19,6 +19,13 @@ class Score(NamedTuple):
     accuracy: float  # tokens whose most likely prediction was right, of all
     tokens: int  # that bear loss
 
+    @classmethod
+    def of(cls, total: float, weight: float, correct: float) -> "Score":
+        """Of the sums over all tokens."""
+        loss = total / weight
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return cls(loss, perplexity, correct / weight, round(weight))
+
 
 def evaluate(
     eval_step: Callable[[dict, dict, Any], LossTerm],
@@ -47,8 +54,7 @@ def evaluate(
             "the evaluation set holds no token that bears loss",
             fix="data.eval with answers, or data.completion_only=False",
         )
-    loss = total / weight
-    if not math.isfinite(loss):
-        raise NumericsError(f"evaluation loss is {loss}", fix="an earlier checkpoint")
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Score(loss, perplexity, correct / weight, round(weight))
+    score = Score.of(total, weight, correct)
+    if not math.isfinite(score.loss):
+        raise NumericsError(f"evaluation loss is {score.loss}", fix="an earlier checkpoint")
+    return score

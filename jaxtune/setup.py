@@ -72,6 +72,11 @@ def form(folder: Path, model: LayerConfig) -> Form:
     return Form("last", False, known)
 
 
+def total_steps(config: Config, rows: int) -> int:
+    """Optimizer steps of a training on so many rows: train.steps, or as train.epochs asks."""
+    return config.train.steps or math.ceil(config.train.epochs * rows / config.train.batch_size)
+
+
 def program(config: Config, assembly: Assembly, steps: int) -> Program:
     """What is fixed for a run of `steps` optimizer steps."""
     groups = {path: assembly.groups[path] for path in assembly.trained}
@@ -171,27 +176,32 @@ def abstract_inputs(
 ) -> tuple[Any, dict[str, jax.ShapeDtypeStruct], Any]:
     """(state, frozen, batch): what `train_step` takes in this run, as shapes in their places."""
     trainable, frozen = tree.partition(assembly.shapes, assembly.groups)
+    state = jax.eval_shape(lambda leaves: init_state(program, leaves), trainable)
+    shape = (config.train.batch_size, config.data.max_length)
+    return in_place(state, trainable, mesh), frozen, abstract_batch(assembly, mesh, *shape)
+
+
+def in_place(state: Any, trained: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> Any:
+    """The shapes of a state in their places: each moment is where what it belongs to is."""
     whole = NamedSharding(mesh, P())
 
     def placed(path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # Moments are kept under the path of what they belong to; all else is on every device.
-        owner = trainable.get(getattr(path[-1], "key", ""))
+        owner = trained.get(getattr(path[-1], "key", ""))
         same = owner is not None and owner.shape == leaf.shape
         place = owner.sharding if owner is not None and same else whole
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    state = jax.eval_shape(lambda leaves: init_state(program, leaves), trainable)
-    state = jax.tree_util.tree_map_with_path(placed, state)
-    return state, frozen, abstract_batch(config, assembly, mesh, config.data.max_length)
+    return jax.tree_util.tree_map_with_path(placed, state)
 
 
-def abstract_batch(config: Config, assembly: Assembly, mesh: Mesh, width: int) -> Batch:
-    """A global batch of rows of `width` slots, as shapes in their places."""
-    rows = NamedSharding(mesh, sharding.TOKENS)
-    shape = (config.train.batch_size, width)
+def abstract_batch(assembly: Assembly, mesh: Mesh, rows: int, width: int) -> Batch:
+    """A global batch of so many rows of `width` slots, as shapes in their places."""
+    place = NamedSharding(mesh, sharding.TOKENS)
     kinds = {name: jnp.float32 if name == "weights" else jnp.int32 for name in Batch._fields}
     batch: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for name, kind in kinds.items()
+        name: jax.ShapeDtypeStruct((rows, width), kind, sharding=place)
+        for name, kind in kinds.items()
     }
     if not (isinstance(assembly.model, EncoderConfig) and assembly.model.typed_pairs):
         batch["types"] = None

@@ -27,7 +27,7 @@ from jaxtune import tree
 from jaxtune.data.packing import Batch
 from jaxtune.models.layers import Dropout
 from jaxtune.objectives import LossTerm
-from jaxtune.step import Program, update
+from jaxtune.step import Program, step_key, update
 
 
 class Sums(NamedTuple):
@@ -54,8 +54,6 @@ class Measured(NamedTuple):
 
     term: LossTerm
     tokens: jax.Array  # real ones
-    grad_norm: jax.Array  # of the update, before clipping; of what it would be, where none is due
-    lr: jax.Array
     finite: jax.Array  # False: the update was skipped, or will be
 
 
@@ -105,7 +103,7 @@ def micro_step(
         if program.dropout:
             first_P = slots.position % slots.every * rows
             rows_PB = first_P[:, None] + jnp.arange(rows)
-            key_P = jax.vmap(_step_key)(slots.seed, slots.position // slots.every)
+            key_P = jax.vmap(step_key)(slots.seed, slots.position // slots.every)
             dropout = jax.vmap(Dropout.of_rows)(hyper["dropout"], key_P, rows_PB)
             dropout = jax.tree.map(lambda leaf: leaf.reshape(-1), dropout)
         if program.smoothing:
@@ -119,7 +117,7 @@ def micro_step(
         summed = jax.tree.map(jnp.add, slots.sums, summed)
     old = (slots.trainable, slots.opt_state)
     stepped = jax.vmap(partial(update, program))(old, summed.grads, summed.term)
-    new, norm, lr, finite = stepped
+    new, _, _, finite = stepped
     sums = None
     if slots.sums is not None:
         due = (slots.position + 1) % slots.every == 0
@@ -129,7 +127,7 @@ def micro_step(
     slots = slots._replace(
         trainable=new[0], opt_state=new[1], sums=sums, position=slots.position + 1
     )
-    return slots, Measured(term, tokens, norm, lr, finite)
+    return slots, Measured(term, tokens, finite)
 
 
 def score(program: Program, slots: Slots, frozen: dict[str, jax.Array], batch: Batch) -> LossTerm:
@@ -162,11 +160,6 @@ def place(slots: Slots, k: jax.Array, one: Slots) -> Slots:
 def pick(slots: Slots, k: jax.Array) -> Slots:
     """The trial in slot k."""
     return jax.tree.map(lambda leaf: leaf[k], slots)
-
-
-def _step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
-    """That of `train_step`."""
-    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def _where(due_P: jax.Array, new: Any, old: Any) -> Any:

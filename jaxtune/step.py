@@ -52,6 +52,11 @@ def init_state(program: Program, trainable: dict[str, jax.Array]) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), trainable, program.optimizer.init(trainable))
 
 
+def step_key(seed: int | jax.Array, step: jax.Array) -> jax.Array:
+    """Key of all that is random in a step."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
 def train_step(
     program: Program, state: TrainState, frozen: dict[str, jax.Array], batch: Batch
 ) -> tuple[TrainState, StepMetrics]:
@@ -61,13 +66,13 @@ def train_step(
     An update that is not finite is skipped: only `step` advances.
     """
     hyper: dict[str, Any] = state.opt_state.hyperparams  # type: ignore[union-attr]  # inject_hyperparams
-    step_key = jax.random.fold_in(jax.random.key(program.seed), state.step)
+    key = step_key(program.seed, state.step)
 
     def loss(trainable: dict[str, jax.Array], micro: Batch, rows_B: jax.Array):
         model = tree.merge(program.graphdef, {**frozen, **trainable})
         dropout = smoothing_B = None
         if program.dropout:
-            dropout = Dropout.of_rows(hyper["dropout"], step_key, rows_B)
+            dropout = Dropout.of_rows(hyper["dropout"], key, rows_B)
         if program.smoothing:
             smoothing_B = jnp.broadcast_to(hyper["label_smoothing"], rows_B.shape)
         term = program.objective(model, micro, dropout, smoothing_B)

@@ -217,8 +217,7 @@ def prepare(config: Config, workdir: Path) -> Ready:
         data = dataclasses.replace(config.data, labels=prepared.labels)
         config = dataclasses.replace(config, data=data)
         assembly = assemble.assemble(config, folder, mesh)
-    per_step = config.train.batch_size
-    steps = config.train.steps or math.ceil(config.train.epochs * len(prepared.train) / per_step)
+    steps = setup.total_steps(config, len(prepared.train))
     if (warmup := optim.hyperparameters(config, steps)["warmup"]) >= steps:
         say(f"warning: optim.warmup of {warmup:g} steps: {steps} steps never reach the peak rate")
     fingerprint = fingerprint_of(config, folder, prepared.train, prepared.eval, steps)

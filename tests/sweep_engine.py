@@ -76,7 +76,7 @@ class StandIn:
     def start(self, slots, k: int, member: Member):
         return [*slots[:k], self._fresh(member.seed), *slots[k + 1 :]]
 
-    def put(self, slots, k: int, member: Member, saved: dict[str, np.ndarray]):
+    def put(self, slots, k: int, saved: dict[str, np.ndarray]):
         return [*slots[:k], {name: x.copy() for name, x in saved.items()}, *slots[k + 1 :]]
 
     def take(self, slots, k: int) -> dict[str, np.ndarray]:

@@ -150,7 +150,7 @@ def test_nothing_compiles_when_trials_start_stop_and_are_replaced(folder, engine
             slots = engine.start(slots, 5, member)
             slots, _ = engine.step(slots, [None] * 5 + [member] + [None] * 2, [0] * 8)
             saved = engine.take(slots, 5)
-            narrow = engine.put(engine.empty(2), 1, member, saved)
+            narrow = engine.put(engine.empty(2), 1, saved)
             narrow, _ = engine.step(narrow, [None, member], [0, 1])
             engine.evaluate(narrow)
     finally:
@@ -168,7 +168,7 @@ def test_a_trial_goes_on_bit_for_bit_in_another_slot_of_another_width(folder, en
         slots, measured = engine.step(slots, [member, None], [position, 0])
         found.append(float(measured.loss[0]))
     saved = engine.take(slots, 0)
-    slots = engine.put(engine.empty(2), 1, member, saved)
+    slots = engine.put(engine.empty(2), 1, saved)
     for position in range(3, 6):
         slots, measured = engine.step(slots, [None, member], [0, position])
         found.append(float(measured.loss[1]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtune.sweep import halving
+from jaxtune.sweep import halving, storage
 from tests.test_sweep_cli import PAGE, records
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,9 @@ def test_the_same_command_twice_shares_the_trials_and_survives_the_loss_of_one(i
 
 
 def so_far(workdir: Path) -> list:
+    """In a turn, as Optuna makes the tables of a file that has none yet: the workers are at it."""
     try:
-        return records(workdir)
+        with storage.Store(storage.resolve("", workdir), storage.PATIENCE).turn():
+            return records(workdir)
     except KeyError:  # the study is about to be made
         return []

@@ -53,7 +53,7 @@ def staged(out: Path) -> Iterator[Path]:
         with _locked(stage):
             yield stage
             for path in (*stage.rglob("*"), stage):
-                _sync(path)
+                sync(path)
             stage.rename(out)  # an empty folder is replaced, a full one never
     except BaseException as error:
         shutil.rmtree(stage, ignore_errors=True)
@@ -186,7 +186,8 @@ def _digest(tensor: files.Tensor) -> bytes:
     return state.digest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flushes a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

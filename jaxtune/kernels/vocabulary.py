@@ -9,6 +9,7 @@ for the tokens of all, and activations travel instead of weights.
 Letters: N tokens (B * T), C tokens in a chunk, V vocabulary (rows on this device), D model width.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -297,9 +298,16 @@ def _walk(
         jnp.zeros_like(x_ND) if grad_x else None,
         jnp.zeros(head_VD.shape, jnp.float32) if grad_head else None,
     )
-    begin = jnp.zeros((), bearing.dtype)
+    total, dx_ND, dhead_VD = _in_chunks(visit, carry, order_N, bearing, sizes)
+    dx_BTD = None if dx_ND is None else dx_ND.reshape(x_BTD.shape)
+    return total, (dx_BTD, None if dhead_VD is None else dhead_VD.astype(head_VD.dtype))
+
+
+def _in_chunks(visit: Callable, carry: Any, order_N, count, sizes: tuple[int, ...]) -> Any:
+    """Calls `visit` with the first `count` of the tokens, in chunks of the sizes there are."""
+    begin = jnp.zeros((), count.dtype)
     for size in sizes:
-        left = bearing - begin
+        left = count - begin
         chunks = -(-left // size) if size == sizes[-1] else left // size
 
         def chunk(i, carry, begin=begin, size=size):
@@ -307,9 +315,7 @@ def _walk(
 
         carry = jax.lax.fori_loop(0, chunks, chunk, carry)
         begin += chunks * size
-    total, dx_ND, dhead_VD = carry
-    dx_BTD = None if dx_ND is None else dx_ND.reshape(x_BTD.shape)
-    return total, (dx_BTD, None if dhead_VD is None else dhead_VD.astype(head_VD.dtype))
+    return carry
 
 
 class _Scores(NamedTuple):

@@ -25,7 +25,6 @@ _WINDOWS = 6  # paired windows before a trial can be called so
 _CERTAIN = 5.0  # standard errors by which it must still be behind when the rung ends
 _MARGIN = 0.01  # and by this share of the better one's loss
 
-
 UPDATES = 32  # of a trial before it is first compared, where that is no more than an eighth
 
 

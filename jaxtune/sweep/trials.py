@@ -24,6 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.errors import StorageError
+from jaxtune.hf.write import sync
 
 _NAME = re.compile(r"(0|[1-9][0-9]*)\.npz")
 _ABOUT = "about"
@@ -96,7 +97,7 @@ def save(folder: Path, number: int, saved: Saved) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(final)
-        _flush(place)
+        sync(place)
         for position in positions(folder, number)[:-_KEPT]:
             (place / f"{position}.npz").unlink(missing_ok=True)
     except OSError as error:
@@ -178,11 +179,3 @@ def _read(file: Path, position: int) -> Saved:
 
 def _dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name))
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

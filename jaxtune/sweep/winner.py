@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +107,7 @@ def state_of(
     if position < end:
         why = "; ".join(damaged) or "its state is not here"
         say(f"trial {record.number} is trained again from micro-batch {position}: {why}")
-    put = partial(engine.put, saved=saved.arrays) if saved else engine.start
-    slots = put(slots, 0, member)
+    slots = engine.put(slots, 0, saved.arrays) if saved else engine.start(slots, 0, member)
     others = min(engine.widths) - 1
     while position < end:
         check_stop()

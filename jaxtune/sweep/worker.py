@@ -50,7 +50,7 @@ class Engine(Protocol):
     def empty(self, width: int) -> Any: ...
     def member(self, config: Config) -> Any: ...
     def start(self, slots: Any, k: int, member: Any) -> Any: ...
-    def put(self, slots: Any, k: int, member: Any, saved: dict[str, np.ndarray]) -> Any: ...
+    def put(self, slots: Any, k: int, saved: dict[str, np.ndarray]) -> Any: ...
     def take(self, slots: Any, k: int) -> dict[str, np.ndarray]: ...
     def step(self, slots: Any, members: list[Any], positions: list[int]) -> tuple[Any, Any]: ...
     def evaluate(self, slots: Any) -> list[Score]: ...
@@ -166,7 +166,7 @@ class _Population:
             if saved is None:
                 self._slots = self._engine.start(self._slots, k, trial.member)
             else:
-                self._slots = self._engine.put(self._slots, k, trial.member, saved.arrays)
+                self._slots = self._engine.put(self._slots, k, saved.arrays)
         if jobs:
             self._records = self._study.records()
 
@@ -196,7 +196,7 @@ class _Population:
         for k, (at, trial) in enumerate(taken):
             self._trials[k] = trial
             arrays = self._engine.take(old, at)
-            self._slots = self._engine.put(self._slots, k, trial.member, arrays)
+            self._slots = self._engine.put(self._slots, k, arrays)
 
     def advance(self) -> None:
         """A micro-batch for each trial, and what follows from it."""

@@ -110,12 +110,19 @@ def write_adapter(folder: Path, hf: dict[str, Any]) -> None:
             a_RI = random.uniform(-(inputs**-0.5), inputs**-0.5, (RANK, inputs))
             tensors[f"{module}.lora_A.weight"] = a_RI.astype(np.float32)
             tensors[f"{module}.lora_B.weight"] = np.zeros((outputs, RANK), np.float32)
+    save_adapter(folder, tensors, hf, RANK, ALPHA)
+
+
+def save_adapter(
+    folder: Path, tensors: dict[str, np.ndarray], hf: dict[str, Any], rank: int, alpha: int
+) -> None:
+    """PEFT's files of an adapter on every projection."""
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "r": RANK,
-        "lora_alpha": ALPHA,
+        "r": rank,
+        "lora_alpha": alpha,
         "target_modules": sorted({name.split(".")[-1] for name in projections(hf)}),
         "bias": "none",
         "inference_mode": False,

@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from gpu_inputs import projections, save_adapter
 from safetensors.numpy import save_file
 
 from jaxtune.config import Config, DataConfig, freeze
@@ -42,16 +43,6 @@ LARGE = SMALL | {
 }  # of the loading benchmark: 131M parameters and 67M a layer
 RANK, ALPHA = 8, 16
 SHARD = 256 << 20  # bytes of one file of a large checkpoint
-
-
-def projections(hf: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """{name below `model.layers.N.`: (outputs, inputs)}."""
-    width, inner = hf["hidden_size"], hf["intermediate_size"]
-    narrow = width * hf.get("num_key_value_heads", heads := hf["num_attention_heads"]) // heads
-    outputs = {"q": width, "k": narrow, "v": narrow, "o": width}
-    attention = {f"self_attn.{name}_proj": (size, width) for name, size in outputs.items()}
-    mlp = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
-    return attention | {f"mlp.{name}": shape for name, shape in mlp.items()}
 
 
 def write_base(folder: Path, hf: dict[str, Any], dtype: Any = np.float32) -> int:
@@ -94,17 +85,7 @@ def write_adapter(folder: Path, hf: dict[str, Any]) -> None:
             b_OR = 0.02 * random.standard_normal((outputs, RANK))
             tensors[f"{module}.lora_A.weight"] = a_RI.astype(np.float32)
             tensors[f"{module}.lora_B.weight"] = b_OR.astype(np.float32)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": RANK,
-        "lora_alpha": ALPHA,
-        "target_modules": sorted({name.split(".")[-1] for name in projections(hf)}),
-        "bias": "none",
-        "inference_mode": False,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_adapter(folder, tensors, hf, RANK, ALPHA)
 
 
 def write_even_documents(
