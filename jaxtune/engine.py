@@ -55,6 +55,7 @@ class Engine:
         self.micro, self.widths, self.train, self.eval = layout.micro, widths, train, held
         self._layout, self._mesh = layout, layout.mesh
         self._orders: dict[int, Any] = {}
+        self._samples: dict[int, Rows] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix=COMPILING)
         self._feeder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._next: tuple[Any, Future[Batch]] | None = None
@@ -62,8 +63,9 @@ class Engine:
         self._places = jax.tree.map(lambda leaf: leaf.sharding, layout.one)  # of one trial
         new = jax.jit(layout.new_slot, out_shardings=self._places)
         arguments = layout.arguments(self.member(self.config), layout.assembly.trained)
-        self._programs = {width: self._build(width) for width in widths}
+        # The first needed first: a trial begins in the widest population.
         self._new = self._compile(lambda: new.lower(*arguments))
+        self._programs = {width: self._build(width) for width in widths}
         state, frozen = setup.initial(layout.config, layout.assembly, layout.program, layout.mesh)
         self._given, self._frozen = state.trainable, layout.without_scales(frozen)
 
@@ -121,12 +123,16 @@ class Engine:
         weight = np.maximum(found.term.weight, 1)
         return population, Measured(found.term.total / weight, found.tokens, found.finite)
 
-    def evaluate(self, population: Slots) -> list[Score]:
-        """Scores of every slot on the held-out rows; infinite where a loss is not finite."""
-        width = len(population.position)
+    def evaluate(self, population: Slots, rows: int | None = None) -> list[Score]:
+        """Scores of every slot on the held-out rows; infinite where a loss is not finite.
+
+        Args:
+          rows: about so many of them, always the same; None is all.
+        """
+        width, held = len(population.position), self._held(rows)
         score = self._of(population).score.result()
         total, weight, correct = np.zeros((3, width))
-        for batch in pipeline.eval_batches(self.eval, self._eval_rows(width)):
+        for batch in pipeline.eval_batches(held, self._eval_rows(width)):
             term = jax.device_get(score(population, self._frozen, self._on_mesh(batch)))
             total, weight, correct = (
                 total + term.total,
@@ -196,6 +202,14 @@ class Engine:
     def _eval_rows(self, width: int) -> int:
         """Rows of an evaluation batch: as many in all as the widest population trains on."""
         return self.micro * max(1, self.widths[0] // width)
+
+    def _held(self, rows: int | None) -> Rows:
+        if rows is None or rows >= len(self.eval):
+            return self.eval
+        if rows not in self._samples:
+            share = rows / len(self.eval)
+            self._samples[rows] = pipeline.subset(self.eval, share, self.config.train.seed)
+        return self._samples[rows]
 
     def _batch(self, wanted: Sequence[tuple[int, int]]) -> Batch:
         """The micro-batches (seed, position) one after another; those of no trial are empty."""

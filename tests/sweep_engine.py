@@ -52,6 +52,7 @@ class StandIn:
     """Trains `positions` micro-batches a trial; `on_step` sees every call, to inject faults."""
 
     micro = 4
+    held = 400  # held-out rows
 
     def __init__(self, widths: tuple[int, ...] = (4, 2, 1), positions: int = 32, on_step=None):
         self.widths = widths
@@ -107,10 +108,12 @@ class StandIn:
         loss = np.array(losses)
         return out, Measured(loss, np.full(len(slots), 10), np.isfinite(loss) & (loss < 1e6))
 
-    def evaluate(self, slots) -> list[Score]:
+    def evaluate(self, slots, rows: int | None = None) -> list[Score]:
+        """On all rows the loss; on fewer of them it is higher by what is missing."""
         with np.errstate(over="ignore", invalid="ignore"):
             losses = [float(0.5 * np.sum((slot["w"] - TARGET) ** 2) + 1) for slot in slots]
-        losses = [loss if loss < 1e6 else math.inf for loss in losses]
+        missing = 0.0 if rows is None else 1 - rows / self.held
+        losses = [loss + missing if loss < 1e6 else math.inf for loss in losses]
         return [Score(loss, math.inf, 0.5, 100) for loss in losses]
 
 
@@ -120,7 +123,7 @@ BASE = settings.freeze({"lora": {"r": 8}, "optim": {"lr": 0.01}, "train": {"batc
 
 def setting(folder: Path, engine: StandIn, **changes) -> Setting:
     """A worker's setting on a study in `folder`; changes are of config.sweep or the setting."""
-    own = {key: changes.pop(key) for key in ("stop", "budget", "show") if key in changes}
+    own = {key: changes.pop(key) for key in ("stop", "budget", "show", "scored") if key in changes}
     values = {"trials": 8, "sampler": "random", "eta": 2, **changes}
     sweep = dataclasses.replace(SweepConfig(), **values)
     config = dataclasses.replace(BASE, sweep=sweep)
@@ -138,7 +141,8 @@ def setting(folder: Path, engine: StandIn, **changes) -> Setting:
 
     show = own.get("show", lambda records: None)
     stop = own.get("stop", Stop())
-    return Setting(engine, study, folder / "trials", configured, pace, stop, show)
+    scored = own.get("scored", (engine.held,) * len(rungs))
+    return Setting(engine, study, folder / "trials", configured, scored, pace, stop, show)
 
 
 def facts(setting: Setting) -> list[tuple]:

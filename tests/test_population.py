@@ -14,6 +14,7 @@ from jaxtune import config as configs
 from jaxtune import population, sharding, train
 from jaxtune.checkpoint import best_step, restore
 from jaxtune.config import Config, replaced
+from jaxtune.data import pipeline
 from jaxtune.errors import ConfigError
 from jaxtune.metrics import read_metrics
 from jaxtune.plan.hlo_text import replica_group
@@ -137,12 +138,27 @@ def test_every_trial_is_the_training_it_would_be_alone(folder, engine, tmp_path)
             np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-6, err_msg=name)
 
 
+def test_a_part_of_the_held_out_rows_is_always_the_same(folder, engine):
+    trials = [replaced(base(folder), trial) for trial in TRIALS[:2]]
+    slots = engine.empty(2)
+    for k, trial in enumerate(trials):
+        slots = engine.start(slots, k, engine.member(trial))
+    wanted = len(engine.eval) // 3
+    part = pipeline.subset(engine.eval, wanted / len(engine.eval), engine.config.train.seed)
+    assert len(part) == wanted
+    scores = engine.evaluate(slots, wanted)
+    assert [score.tokens for score in scores] == [part.mask.sum()] * 2
+    assert engine.evaluate(slots, wanted) == scores
+    assert engine.evaluate(slots, len(engine.eval)) == engine.evaluate(slots)
+
+
 def test_nothing_compiles_when_trials_start_stop_and_are_replaced(folder, engine, caplog):
     trials = [replaced(base(folder), trial) for trial in TRIALS]
-    run(engine, trials, 8)
+    for width in engine.widths:  # what an engine compiles at its start must be ready
+        run(engine, trials[:width], width)
+        engine.take(engine.empty(width), 0)
+        engine.evaluate(engine.empty(width))
     slots = engine.empty(8)
-    engine.evaluate(slots)
-    run(engine, trials[:2], 2)
     jax.config.update("jax_log_compiles", True)
     try:
         with caplog.at_level(logging.WARNING, "jax"):

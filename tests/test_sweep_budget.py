@@ -107,6 +107,13 @@ def test_repeats_go_first_then_trials():
     assert "sweep.budget='50s'" in caught.value.fix
 
 
+def test_a_stage_pays_for_the_held_out_rows_it_is_scored_on():
+    part = dataclasses.replace(ASK, repeats=0, scored=(0.25, 0.5, 1.0))
+    whole = plan(None, dataclasses.replace(ASK, repeats=0), COSTS)
+    # Two populations of 8 save three quarters of 1.0 each, two of 2 half of 0.3 each.
+    assert plan(None, part, COSTS).cost == pytest.approx(whole.cost - 2 * 0.75 - 2 * 0.15)
+
+
 def test_what_is_done_is_not_paid_again():
     half = Done(used=30.0, through=(16, 2), running=((1, 6), (1, 12)))
     found = plan(None, ASK, COSTS, half)

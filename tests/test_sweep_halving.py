@@ -159,6 +159,14 @@ def paused(number: int, loss: float, rung: int = 0, **changes) -> Record:
     return dataclasses.replace(Record(number, {}, "paused", results, rung=rung), **changes)
 
 
+def test_a_rung_is_scored_on_no_more_rows_than_it_trains_on():
+    assert halving.scored((32, 128, 256), 8, 612) == (256, 612, 612)
+    assert halving.scored((64, 256, 1024), 8, 5000) == (512, 1536, 5000)
+    assert halving.scored((4, 16), 1, 5000) == (256, 5000)  # too few rows say nothing
+    assert halving.scored((4, 16), 8, 100) == (100, 100)
+    assert halving.scored((16,), 8, 5000) == (5000,)
+
+
 def test_ties_go_to_the_lower_number():
     records = [paused(n, 1.0) for n in range(4)]
     found = halving.promotable(records, (4, 1))

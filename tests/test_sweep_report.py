@@ -318,7 +318,7 @@ def test_every_picture_of_every_size(trials: int):
 
 def test_pictures_of_a_sweep_that_has_just_begun(summary: Summary, tmp_path: Path):
     empty = dataclasses.replace(summary, records=(), tokens=0, notes=())
-    files = report.write(empty, tmp_path)
+    files = report.write(empty, report.pictures(empty), tmp_path)
     assert len(files) == 8
     assert "No trial has a score" in Page(files[0].read_text()).text
 
@@ -339,7 +339,7 @@ def test_all_diverged(summary: Summary, tmp_path: Path):
 
 def test_the_page_stands_alone(summary: Summary, tmp_path: Path):
     (tmp_path / "best.py").touch()
-    page, *pictures = report.write(summary, tmp_path)
+    page, *pictures = report.write(summary, report.pictures(summary), tmp_path)
     text = page.read_text()
     parsed = Page(text)
     assert page == tmp_path / "sweep.html"
@@ -427,7 +427,7 @@ def test_what_people_write_is_escaped(summary: Summary, tmp_path: Path):
     folder = tmp_path / "a <b> & 'c'"
     folder.mkdir()
     (folder / "best.py").touch()
-    page, *_ = report.write(evil, folder)
+    page, *_ = report.write(evil, report.pictures(evil), folder)
     text = page.read_text()
     assert "<script>alert" not in text
     assert text.count("<script>") == 1
@@ -452,9 +452,11 @@ def test_a_full_disk_leaves_the_page_of_before(tmp_path: Path, monkeypatch: pyte
             file.write(content[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    summary = synthetic_sweep.sweep(2)
+    drawn = report.pictures(summary)
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(StorageError, match=r"sweep\.html cannot be written.*No space left"):
-        report.write(synthetic_sweep.sweep(2), tmp_path)
+        report.write(summary, drawn, tmp_path)
     assert page.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == [report.FILE]
 

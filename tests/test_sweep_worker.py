@@ -15,7 +15,7 @@ from jaxtune.errors import ConfigError, NumericsError, StorageError
 from jaxtune.signals import Stop
 from jaxtune.sweep import ending, halving, trials, winner, worker
 from jaxtune.sweep.pace import width_for
-from jaxtune.sweep.records import SEARCH, Record, Result
+from jaxtune.sweep.records import SEARCH, Job, Record, Result
 from jaxtune.sweep.worker import Setting
 from tests.sweep_engine import StandIn, facts, setting
 
@@ -57,6 +57,31 @@ def test_trials_go_through_the_rungs_and_survivors_go_on(undisturbed):
         # Ten tokens a micro-batch, each counted in one rung: nobody began anew.
         assert [r.tokens for r in record.results] == [80, 80, 160][: len(record.results)]
         assert [at for at, _ in record.curve] == [*range(1, record.results[-1].position + 1)]
+
+
+def test_early_rungs_are_scored_on_a_part_of_the_rows(undisturbed, tmp_path):
+    made = setting(tmp_path / "sweep", StandIn(), scored=(100, 200, 400))
+    worker.work(made, SEARCH)
+    for part, whole in zip(made.study.records(), undisturbed.study.records(), strict=True):
+        # The stand-in's score is higher by the share of the rows that it does not see.
+        for one, other in zip(part.results, whole.results, strict=True):
+            missing = (0.75, 0.5, 0.0)[one.rung]
+            assert one.loss == pytest.approx(other.loss + missing)
+
+
+def test_rungs_that_end_at_once_are_each_scored_on_their_own_rows(tmp_path):
+    engine = StandIn(widths=(2, 1))
+    made = setting(tmp_path / "sweep", engine, trials=3, eta=2, scored=(100, 200, 400))
+    worker.work(made, SEARCH)
+    for record in made.study.records():
+        for result in record.results:
+            alone = engine.start(engine.empty(1), 0, member := engine.member(
+                made.configured(Job(record.number, record.params, "search", 0, 0))
+            ))  # fmt: skip
+            for position in range(result.position):
+                alone, _ = engine.step(alone, [member], [position])
+            rows = made.scored[result.rung]
+            assert result.loss == pytest.approx(engine.evaluate(alone, rows)[0].loss)
 
 
 def test_narrower_populations_when_fewer_trials_live(undisturbed):
@@ -248,15 +273,15 @@ def test_a_population_that_shrinks_parks_what_has_no_place(tmp_path):
 def test_a_winner_that_is_no_better_than_the_base_is_not_handed_over(rate):
     engine = StandIn()
     config = replaced(Config(), {"optim.lr": rate})
-    base = engine.evaluate(engine.start(engine.empty(1), 0, engine.member(config)))[0].loss
+    base = winner.base_loss(engine, config, engine.held)
     loss = base - 0.1 if rate < 1 else base
     best = Record(3, {"optim.lr": rate}, "finished", results=(Result(2, 32, loss, 0.0, 9, 1.0),))
     if rate < 1:
-        winner.require_gain(engine, config, best, [best])
+        winner.require_gain(base, best, [best])
         return
     message = rf"no trial is better than the base model.* {base:.4f}.*trial 3.*below 50,"
     with pytest.raises(NumericsError, match=message):
-        winner.require_gain(engine, config, best, [best])
+        winner.require_gain(base, best, [best])
 
 
 def test_what_speaks_against_the_winner_is_said():
@@ -265,10 +290,11 @@ def test_what_speaks_against_the_winner_is_said():
         return Record(number, {}, "finished", results=results, repeats=repeats)
 
     calm = record(1, [3.0, 2.5, 2.4])
-    assert ending.warnings([calm], calm) == []
+    assert ending.warnings([calm], calm, (9, 9, 9)) == []
     learnt = record(2, [3.0, 2.2, 2.6])
     repeats = [record(3, [2.6], "winner"), record(4, [2.4], "defaults")]
-    by_heart, worse = ending.warnings([learnt, *repeats], learnt)
+    assert ending.warnings([learnt], learnt, (4, 4, 9)) == []  # scores of different rows
+    by_heart, worse = ending.warnings([learnt, *repeats], learnt, (4, 9, 9))
     assert "was 2.2000 after 20 of 30 micro-batches and is 2.6000 at the end" in by_heart
     assert "about 67% of the steps" in by_heart
     assert "the defaults are better, 2.4000 against 2.6000" in worse

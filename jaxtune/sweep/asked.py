@@ -74,6 +74,7 @@ class Trained:
     engine: Any  # engine.Engine; None once its memory is given back
     study: Study
     micro: int  # rows of a micro-batch
+    scored: tuple[int, ...]  # held-out rows that each rung is scored on
     pace: Pace
     before: int  # results there were when this process began
     compiled: int | None = None  # programs by the end of its first rung

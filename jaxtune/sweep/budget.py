@@ -34,6 +34,7 @@ class Ask:
     finalists: int  # trials trained to the end
     repeats: int  # seeds that winner and defaults are both trained with, whole
     whole: int = 0  # positions of a training on all data, where rungs see less; 0: they see all
+    scored: tuple[float, ...] = ()  # share of the held-out rows for each rung; empty: all
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -41,6 +42,10 @@ class Ask:
         ends = (0, *self.rungs)
         lengths = tuple(b - a for a, b in zip(ends, self.rungs, strict=False))
         return (*lengths, self.whole) if self.whole else lengths
+
+    def share(self, stage: int) -> float:
+        """Of the held-out rows, that a stage is scored on."""
+        return self.scored[stage] if stage < len(self.scored) else 1.0
 
     @property
     def training(self) -> int:
@@ -53,7 +58,9 @@ class Costs:
     """What things take, in the unit of the budget."""
 
     step: Mapping[int, float]  # {width: a micro-batch for each of its slots}
-    evaluate: Mapping[int, float] = field(default_factory=dict)  # {width: of all its slots}
+    evaluate: Mapping[int, float] = field(
+        default_factory=dict
+    )  # {width: of its slots, on all rows}
     keep: float = 0.0  # a paused trial, written and read again
     close: float = 0.0  # the last evaluation, save, export and report
 
@@ -95,7 +102,7 @@ class Measured:
         self._step.setdefault(width, collections.deque(maxlen=_RECENT)).append((cost, count))
 
     def evaluated(self, width: int, cost: float) -> None:
-        """An evaluation of a population's slots took `cost`; without compiling."""
+        """An evaluation of a population's slots on all rows takes `cost`; without compiling."""
         self._evaluate[width] = cost
 
     def kept(self, cost: float) -> None:
@@ -151,7 +158,7 @@ def plan(
 
     def cost(enter: tuple[int, ...], repeats: int = 0) -> float:
         found = sum(
-            _walk(_jobs(stage, count, ask, done), costs, workers)
+            _walk(_jobs(stage, count, ask, done), costs, workers, ask.share(stage))
             for stage, count in enumerate(enter)
         )
         again = [ask.training] * max(0, 2 * repeats - done.repeats) if repeats else []
@@ -236,15 +243,19 @@ def _jobs(stage: int, count: int, ask: Ask, done: Done) -> list[int]:
     return [length] * (left - len(lack)) + lack[:left]
 
 
-def _walk(jobs: Sequence[int], costs: Costs, workers: int) -> float:
-    """The least that populations take for jobs of these positions, which come longest first."""
+def _walk(jobs: Sequence[int], costs: Costs, workers: int, share: float = 1.0) -> float:
+    """The least that populations take for jobs of these positions, which come longest first.
+
+    Args:
+      share: of the held-out rows, that they are scored on.
+    """
     mine = jobs[::workers]  # the share of the worker with the longest ones
     evaluations = max(costs.evaluate.values(), default=0.0)
     best = [0.0] * (len(mine) + 1)
     for at in reversed(range(len(mine))):
         best[at] = min(
             mine[at] * step
-            + costs.evaluate.get(width, evaluations)
+            + share * costs.evaluate.get(width, evaluations)
             + best[min(len(mine), at + width)]
             for width, step in costs.step.items()
         )

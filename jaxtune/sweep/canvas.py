@@ -130,15 +130,6 @@ def shade(place: float) -> str:
     return COLOURS.get(f"shade{step}", COLOURS["faint" if step else "finished"])[0]
 
 
-def warm() -> None:
-    """Imports what pictures and importances need, seconds of work, beside something else."""
-    import matplotlib.backends.backend_agg
-    import matplotlib.backends.backend_svg
-    import sklearn.ensemble
-
-    del matplotlib, sklearn  # whoever draws finds them loaded
-
-
 def png(figure: "Figure") -> bytes:
     """The picture on white, 160 dots an inch."""
     import matplotlib

@@ -106,6 +106,7 @@ def _run(sweep: Sweep, trained: Trained, roles: Collection[Role]) -> None:
         trained.study,
         sweep.workdir / ending.TRIALS,
         configured,
+        trained.scored,
         trained.pace,
         sweep.stop,
         show,
@@ -120,7 +121,12 @@ def _begun(sweep: Sweep) -> Trained:
     compiles.count()  # from here on
     engine = _opened(sweep, sweep.searched, asked.data_fraction)
     every = engine.member(engine.config).every
-    rungs = halving.positions(_longest(sweep, engine), asked.rungs, asked.eta, every)
+    shortest, longest = _lengths(sweep, engine)
+    rungs = halving.positions(longest, asked.rungs, asked.eta, every)
+    held = len(engine.eval)
+    scored = halving.scored(rungs, engine.micro, held)
+    if len(rungs) > 1 and shortest <= rungs[-2]:  # a trial may end at any rung
+        scored = (held,) * len(rungs)
     identity = {
         "model": sweep.model,
         "tokenizer": tokenizer.tokenizer_digest(str(engine.folder)),
@@ -138,11 +144,11 @@ def _begun(sweep: Sweep) -> Trained:
     )  # fmt: skip
     if sweep.budget is None:
         study.allow(enter)  # also where the sweep was begun with another number
-    pace = _pace(sweep, engine, study)
+    pace = _pace(sweep, engine, study, scored)
     if sweep.budget is not None and sweep.budget.unit == "seconds":
         measure(engine, pace, engine.config)
     before = sum(len(record.results) for record in study.records())
-    return Trained(engine, study, engine.micro, pace, before)
+    return Trained(engine, study, engine.micro, scored, pace, before)
 
 
 def _opened(sweep: Sweep, config: Config, fraction: float) -> Any:
@@ -154,24 +160,26 @@ def _opened(sweep: Sweep, config: Config, fraction: float) -> Any:
     return population.open_engine(config, points, tuple(widths), fraction=fraction)
 
 
-def _longest(sweep: Sweep, engine: Any) -> int:
-    """Micro-batches of the longest training in the space."""
+def _lengths(sweep: Sweep, engine: Any) -> tuple[int, int]:
+    """Micro-batches of the shortest and of the longest training in the space."""
     points = spaces.points(engine.config, sweep.space)
     keys = [k for k in ("train.epochs", "train.steps", "train.batch_size") if k in points]
-    return max(
+    found = [
         engine.member(
             spaces.configured(engine.config, dict(zip(keys, values, strict=True)))
         ).positions
         for values in itertools.product(*(points[key] for key in keys))
-    )
+    ]
+    return min(found), max(found)
 
 
-def _pace(sweep: Sweep, engine: Any, study: Study) -> Pace:
+def _pace(sweep: Sweep, engine: Any, study: Study, scored: Sequence[int]) -> Pace:
     asked, rungs, whole = sweep.config.sweep, study.rungs, 0
     if sweep.partial:
         shorter = sweep.searched.data.max_length / sweep.config.data.max_length
         whole = round(rungs[-1] / asked.data_fraction / shorter)
-    ask = Ask(rungs, asked.trials, asked.eta, asked.finalists, asked.repeats, whole)
+    shares = tuple(rows / scored[-1] for rows in scored)
+    ask = Ask(rungs, asked.trials, asked.eta, asked.finalists, asked.repeats, whole, shares)
     return Pace(
         sweep.budget,
         ask,

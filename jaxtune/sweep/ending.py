@@ -13,7 +13,7 @@ from typing import Any
 import jaxtune
 from jaxtune import setup
 from jaxtune.console import say
-from jaxtune.sweep import canvas, findings, halving, report, trials, winner
+from jaxtune.sweep import findings, halving, report, trials, winner
 from jaxtune.sweep import space as spaces
 from jaxtune.sweep.asked import Sweep, Trained, summary
 from jaxtune.sweep.records import SEARCH, Record, Summary
@@ -60,29 +60,32 @@ def _end(sweep: Sweep, trained: Trained) -> dict[str, Any]:
     records = study.records()
     best = winner.choose(records)
     config = spaces.configured(trained.engine.config, best.params)
-    winner.require_gain(trained.engine, config, best, records)
+    rows = trained.scored[best.results[-1].rung]
+    before = winner.base_loss(trained.engine, config, rows)
+    winner.require_gain(before, best, records)
     number = best.number if best.of is None else best.of
     say(f"the winner is trial {number}, held-out loss {best.loss:.4f}")
-    for line in warnings(records, best):
+    for line in warnings(records, best, trained.scored):
         say(f"warning: {line}")
         study.note(line)
-    for line in _notes(sweep, records, best):
+    for line in _notes(sweep, records, best, trained.scored):
         study.note(line)
     folder, name = workdir / TRIALS, repr(study.started)
     state = winner.state_of(trained.engine, config, best, folder, name, sweep.check_stop)
     made = workdir / f"{winner.BEST}.saving"
-    step = winner.write(trained.engine, config, best, state, made)
+    step = winner.write(trained.engine, config, best, state, made, before)
     del state
     trained.engine = None
     gc.collect()  # the base is loaded again, to score and export what is on the disk
     sweep.check_stop()
-    with ThreadPoolExecutor(1) as beside:
-        beside.submit(canvas.warm)
-        scores = winner.hand_over(best, step, made, workdir)
     text = winner.page(config, sweep.space, best.params, sweep.own)
     winner.write_text(workdir / winner.PAGE, text)
+    with ThreadPoolExecutor(1) as beside:
+        drawing = beside.submit(report.pictures, summary(sweep, trained, records, best))
+        everything = rows == trained.scored[-1]
+        scores = winner.hand_over(best, step, made, workdir, whole=everything)
     whole = summary(sweep, trained, records, best)
-    pages = report.write(whole, workdir)
+    pages = report.write(whole, drawing.result(), workdir)
     result = _result(sweep, whole, best, scores) | {"steps": step, "report": str(pages[0])}
     winner.write_json(workdir / winner.RESULT, result)
     for record in records:
@@ -91,11 +94,16 @@ def _end(sweep: Sweep, trained: Trained) -> dict[str, Any]:
     return result
 
 
-def warnings(records: Sequence[Record], best: Record) -> list[str]:
-    """What speaks against the winner: rows learnt by heart, defaults that do better."""
+def warnings(records: Sequence[Record], best: Record, scored: Sequence[int]) -> list[str]:
+    """What speaks against the winner: rows learnt by heart, defaults that do better.
+
+    Args:
+      scored: held-out rows of each rung.
+    """
     found = []
     last = best.results[-1]
-    least = min(best.results, key=lambda result: result.loss)
+    same = [result for result in best.results if scored[result.rung] == scored[last.rung]]
+    least = min(same, key=lambda result: result.loss)
     if least.loss < (1 - _RISE) * last.loss:
         found.append(
             f"the winner's held-out loss was {least.loss:.4f} after {least.position} of "
@@ -114,9 +122,15 @@ def warnings(records: Sequence[Record], best: Record) -> list[str]:
     return found
 
 
-def _notes(sweep: Sweep, records: Sequence[Record], best: Record) -> list[str]:
+def _notes(
+    sweep: Sweep, records: Sequence[Record], best: Record, scored: Sequence[int]
+) -> list[str]:
     """What is to be said of the search."""
     found = [winner.sound_rates(records)]
+    part = [(at, rows) for at, rows in enumerate(scored, 1) if rows < scored[-1]]
+    if part:
+        rungs = ", ".join(f"rung {at} on {rows}" for at, rows in part)
+        found.append(f"of the {scored[-1]} held-out rows, {rungs} scored; the last on all")
     if best.status != "finished":
         found.append(f"the winner is trained as far as micro-batch {best.results[-1].position}")
     if sweep.partial and best.role != "final":

@@ -26,6 +26,7 @@ _CERTAIN = 5.0  # standard errors by which it must still be behind when the rung
 _MARGIN = 0.01  # and by this share of the better one's loss
 
 UPDATES = 32  # of a trial before it is first compared, where that is no more than an eighth
+SCORED = 256  # held-out rows that rungs before the last are scored on at least
 
 
 class Exit(NamedTuple):
@@ -61,6 +62,16 @@ def positions(longest: int, rungs: int, eta: int, every: int = 1) -> tuple[int, 
     ratio = (longest / first) ** (1 / (rungs - 1))
     # Rounded first: 64 must not become 64.00000000000001, and so 65.
     return tuple(sorted({math.ceil(round(longest / ratio**back, 6)) for back in range(rungs)}))
+
+
+def scored(rungs: Sequence[int], micro: int, rows: int) -> tuple[int, ...]:
+    """On how many of the held-out `rows` each rung is scored.
+
+    The last on all. The others on no more than they train on, `micro` a position, or SCORED: a
+    score then costs a third of its rung, where all rows of a large file would cost many rungs.
+    """
+    trained = (micro * (end - begin) for begin, end in zip((0, *rungs), rungs[:-1], strict=False))
+    return (*(min(rows, max(SCORED, count)) for count in trained), rows)
 
 
 def survivors(count: int, eta: int, finalists: int) -> int:

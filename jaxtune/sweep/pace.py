@@ -68,10 +68,10 @@ class Pace:
             self._steps += 1
             self._measured.stepped(width, float(tokens) if self._in_tokens else seconds)
 
-    def evaluated(self, width: int, seconds: float) -> None:
-        """An evaluation of all slots took so long."""
+    def evaluated(self, width: int, seconds: float, share: float) -> None:
+        """An evaluation of all slots on this share of the held-out rows took so long."""
         if self._compiled("evaluate", width) and not self._in_tokens:
-            self._measured.evaluated(width, seconds)
+            self._measured.evaluated(width, seconds / share)
 
     def kept(self, seconds: float) -> None:
         """Writing a trial's state took so long."""

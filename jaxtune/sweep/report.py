@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtune.errors import StorageError
 from jaxtune.sweep import canvas, figures, findings, halving, landscape, page, wording
@@ -24,7 +24,24 @@ FILE, FIGURES = "sweep.html", "figures"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def write(summary: Summary, folder: Path) -> list[Path]:
+class Pictures(NamedTuple):
+    """What takes seconds to make of a summary, and the page only puts together."""
+
+    found: findings.Importances
+    inline: dict[str, str]  # {name: <svg> element}
+    files: dict[str, bytes]  # {name: PNG}
+
+
+def pictures(summary: Summary) -> Pictures:
+    """Draws a sweep whose trials are all done."""
+    found = findings.importances(summary)
+    drawn = draw(summary, found)
+    tips = {record.number: _tip(record, summary) for record in summary.records}
+    inline = {name: canvas.svg(figure, name, tips) for name, figure in drawn.items()}
+    return Pictures(found, inline, {name: canvas.png(figure) for name, figure in drawn.items()})
+
+
+def write(summary: Summary, drawn: Pictures, folder: Path) -> list[Path]:
     """Writes `sweep.html` and `figures/*.png` into the workdir; each is there whole or not at all.
 
     Returns:
@@ -32,13 +49,9 @@ def write(summary: Summary, folder: Path) -> list[Path]:
     Raises:
       StorageError: they cannot be written; those of before stay.
     """
-    found = findings.importances(summary)
-    drawn = draw(summary, found)
-    tips = {record.number: _tip(record, summary) for record in summary.records}
-    inline = {name: canvas.svg(figure, name, tips) for name, figure in drawn.items()}
-    text = compose(summary, found, inline, folder)
+    text = compose(summary, drawn.found, drawn.inline, folder)
     files = {folder / FILE: text.encode("utf-8", "replace")}
-    files |= {folder / FIGURES / f"{n}.png": canvas.png(figure) for n, figure in drawn.items()}
+    files |= {folder / FIGURES / f"{name}.png": png for name, png in drawn.files.items()}
     for path, content in files.items():
         _write(path, content)
     return [*files]

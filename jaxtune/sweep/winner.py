@@ -38,13 +38,17 @@ def choose(records: Sequence[Record]) -> Record:
     return best
 
 
-def require_gain(engine: Any, config: Config, best: Record, records: Sequence[Record]) -> None:
+def base_loss(engine: Any, config: Config, rows: int) -> float:
+    """The held-out loss of a trial before its first step, on `rows` of the rows."""
+    slots = engine.start(engine.empty(min(engine.widths)), 0, engine.member(config))
+    return engine.evaluate(slots, rows)[0].loss
+
+
+def require_gain(base: float, best: Record, records: Sequence[Record]) -> None:
     """Raises NumericsError where the base predicts the held-out rows as well as the best trial.
 
     Losses that ran away may settle on a plateau, and then look as if they had not diverged.
     """
-    slots = engine.start(engine.empty(min(engine.widths)), 0, engine.member(config))
-    base = engine.evaluate(slots)[0].loss
     if best.loss is None or best.loss < base:
         return
     raise NumericsError(
@@ -116,11 +120,13 @@ def state_of(
     return engine.export_state(slots, 0, member)
 
 
-def write(engine: Any, config: Config, record: Record, state: Any, place: Path) -> int:
+def write(
+    engine: Any, config: Config, record: Record, state: Any, place: Path, before: float
+) -> int:
     """Writes a workdir such as `jaxtune train` leaves it; returns its step.
 
-    The score it begins from is that of a trial before its first step.
-
+    Args:
+      before: the held-out loss it began from.
     Raises:
       StorageError: the disk is full or failed.
     """
@@ -128,8 +134,6 @@ def write(engine: Any, config: Config, record: Record, state: Any, place: Path) 
     member = engine.member(config)
     step, loss = int(state.step), record.results[-1].loss
     config = dataclasses.replace(config, sweep=SweepConfig())
-    slots = engine.start(engine.empty(min(engine.widths)), 0, member)
-    before = engine.evaluate(slots)[0].loss
     progress = train.Progress(
         position=step * config.train.batch_size,
         tokens=record.tokens,
@@ -154,17 +158,21 @@ def write(engine: Any, config: Config, record: Record, state: Any, place: Path) 
     return step
 
 
-def hand_over(record: Record, step: int, made: Path, workdir: Path) -> dict[str, Any]:
+def hand_over(
+    record: Record, step: int, made: Path, workdir: Path, *, whole: bool
+) -> dict[str, Any]:
     """Scores what `write` made from the disk, moves it to `best/` and exports it to `export/`.
 
-    Returns {"before": the base's score, "after": the winner's, ...}, by the path of `jaxtune eval`.
+    Returns what `jaxtune eval` does.
 
+    Args:
+      whole: the record was scored on all held-out rows.
     Raises:
       Failure: the checkpoint cannot be opened again, or the export is not what it should be.
     """
     scores = tuned.evaluate(made)
     after, expected = scores["tuned"]["loss"], record.results[-1].loss
-    if not math.isclose(after, expected, rel_tol=_NEAR):
+    if whole and not math.isclose(after, expected, rel_tol=_NEAR):
         say(f"warning: the winner scores {after:.4f} by itself, {expected:.4f} in the sweep")
     best, export = workdir / BEST, workdir / EXPORT
     result = {

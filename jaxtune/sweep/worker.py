@@ -53,7 +53,7 @@ class Engine(Protocol):
     def put(self, slots: Any, k: int, saved: dict[str, np.ndarray]) -> Any: ...
     def take(self, slots: Any, k: int) -> dict[str, np.ndarray]: ...
     def step(self, slots: Any, members: list[Any], positions: list[int]) -> tuple[Any, Any]: ...
-    def evaluate(self, slots: Any) -> list[Score]: ...
+    def evaluate(self, slots: Any, rows: int | None = None) -> list[Score]: ...
 
 
 class Setting(NamedTuple):
@@ -63,6 +63,7 @@ class Setting(NamedTuple):
     study: Study
     folder: Path  # of the trials' states
     configured: Callable[[Job], Config]  # a trial's own config
+    scored: tuple[int, ...]  # held-out rows of each rung
     pace: Pace
     stop: Stop
     show: Callable[[Sequence[Record]], None]
@@ -253,13 +254,10 @@ class _Population:
         ended = [(k, t) for k, t in self.live if t.progress.position >= t.end]
         if not ended:
             return False
-        began = time.monotonic()
-        scores = self._engine.evaluate(self._slots)
-        seconds = time.monotonic() - began
-        self._setting.pace.evaluated(self._width, seconds)
+        sizes = {self._setting.scored[trial.job.rung] for _, trial in ended}
+        scores = {rows: self._scores(rows) for rows in sizes}
         for k, trial in ended:
-            score, progress = scores[k], trial.progress
-            progress.seconds += seconds / len(self.live)
+            score, progress = scores[self._setting.scored[trial.job.rung]][k], trial.progress
             if not math.isfinite(score.loss):
                 self._stop(k, "diverged", f"its held-out loss is {score.loss}")
                 continue
@@ -277,6 +275,16 @@ class _Population:
             )
             self._free(k)
         return True
+
+    def _scores(self, rows: int) -> list[Score]:
+        """Of all slots, on so many held-out rows."""
+        began = time.monotonic()
+        scores = self._engine.evaluate(self._slots, rows)
+        seconds = time.monotonic() - began
+        self._setting.pace.evaluated(self._width, seconds, rows / self._setting.scored[-1])
+        for _, trial in self.live:
+            trial.progress.seconds += seconds / len(self.live)
+        return scores
 
     def _mark(self, trial: Trial) -> None:
         progress = trial.progress
