@@ -60,7 +60,7 @@ class DataConfig:
     # A path, a hub id, or [{"path":, "weight":, "format":, "split":, "columns":, "name":}, ...]
     train: str | tuple[Any, ...] = ""
     eval: str | tuple[Any, ...] = ""  # the same; empty takes eval_fraction of train
-    eval_fraction: float = 0.0  # seeded split of the training rows when `eval` is empty
+    eval_fraction: float = 0.0  # of the training rows, when `eval` is empty
     max_length: int = 1024  # tokens a row
     packing: bool = True  # several documents a row, kept apart by segment ids
     shuffle: bool = True

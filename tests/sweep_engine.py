@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,11 +208,20 @@ def work_without_exits(setting: Setting) -> None:
 
 def two_workers(folder: Path) -> None:
     """Two processes on one sweep; the first is killed on the way and nobody comes for it."""
+    ended, alive = os.pipe()  # at its end once the first is dead
+    steps = itertools.count(1)
+
+    def wait_for_the_first() -> None:
+        if next(steps) == 4:
+            os.read(ended, 1)
+
     children = []
-    for on_step in (killer(20), lambda: time.sleep(0.01)):
+    for on_step in (killer(6), wait_for_the_first):
         if (child := os.fork()) == 0:
             work_without_exits(setting(folder, StandIn(on_step=on_step)))
             os._exit(0)
+        if not children:
+            os.close(alive)  # only the first has it now
         children.append(child)
     ends = [os.waitpid(child, 0)[1] for child in children]
     assert ends == [signal.SIGKILL, 0], ends

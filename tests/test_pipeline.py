@@ -148,10 +148,10 @@ def test_pretraining_learns_every_token_of_every_document_once(tmp_path):
     assert any("split 1 rows into windows" in s for s in said)
 
 
-def test_a_seeded_split_keeps_equal_examples_together(tmp_path):
+def test_a_split_is_the_same_for_every_seed_and_keeps_equal_examples_together(tmp_path):
     file = write(tmp_path / "a.jsonl", pairs(*"abcdefghij") * 3)  # ten texts, each three times
     splits = []
-    for seed in (0, 0, 1):
+    for seed in (0, 1):
         prepared, said = run(file, eval_fraction=0.2, seed=seed, packing=False)
         assert prepared.eval is not None
         assert (prepared.train.examples, prepared.eval.examples) == (24, 6)
@@ -161,7 +161,7 @@ def test_a_seeded_split_keeps_equal_examples_together(tmp_path):
         assert not held & trained
         assert not any("leak" in s for s in said)
         splits.append(frozenset(held))
-    assert splits[0] == splits[1] != splits[2]
+    assert splits[0] == splits[1]
     one = write(tmp_path / "b.jsonl", pairs("a"))
     with pytest.raises(DataError, match="leaves none to hold out"):
         run(one, eval_fraction=0.5)

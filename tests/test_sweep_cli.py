@@ -154,6 +154,26 @@ def test_best_is_a_run_that_is_done(swept):
     assert len(texts) == 1
 
 
+def test_defaults_that_beat_the_winner_with_other_seeds_are_handed_over(page, tmp_path):
+    low = tmp_path / "low.py"
+    text = page.read_text()
+    for old, new in {"log(1e-3, 1e-2)": "choice(1e-6, 2e-6)", '"random"': '"grid"',
+                     "lr = 1e-3": "lr = 1e-2"}.items():  # fmt: skip
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    low.write_text(text)
+    code, result, said = run(low, tmp_path / "sweep")
+    assert code == 0, said
+    assert "the defaults are better" in said
+    assert result["handed_over"] == "defaults"
+    assert result["params"] == {"optim.lr": 1e-2, "lora.r": 4, "train.seed": 1000}
+    assert result["loss"] == pytest.approx(result["repeats"]["defaults"][0], rel=1e-5)
+    again = ["train", f"--config={result['config']}", f"--workdir={tmp_path / 'again'}", "--json"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.main(again) == 0
+    assert json.loads(out.getvalue())["loss_after"] == pytest.approx(result["loss"], rel=1e-5)
+
+
 def test_the_same_command_again_trains_nothing(swept, page):
     workdir, result = swept
     before = facts(workdir)

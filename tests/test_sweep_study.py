@@ -288,6 +288,25 @@ def test_another_study_is_named_by_what_differs(tmp_path, changes, field):
     opened(tmp_path, sweep__trials=99, sweep__budget="1h", mesh__fsdp=1, train__log_every=1)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sweep_that_was_refused_before_its_first_trial_binds_nobody(tmp_path, kind):
+    def gone(worker: study.Study) -> None:
+        worker._session._values |= {"born": "1"}
+        worker.renew()
+
+    refused = opened(tmp_path, kind)
+    with pytest.raises(ConfigError, match="eta"):  # while it is there
+        opened(tmp_path, kind, sweep__eta=2)
+    gone(refused)
+    other = opened(tmp_path, kind, sweep__eta=2)
+    assert other.started > refused.started
+    assert other.workers() == 1
+    assert other.claim(SEARCH) is not None
+    gone(other)
+    with pytest.raises(ConfigError, match="eta was 2, is now 4"):
+        opened(tmp_path, kind)
+
+
 def test_storages_that_cannot_be_had(tmp_path):
     with pytest.raises(StorageError, match=r"sweep\.storage"):
         study.reach("postgresql://me:secret@127.0.0.1:1/x", tmp_path)

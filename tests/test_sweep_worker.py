@@ -298,3 +298,6 @@ def test_what_speaks_against_the_winner_is_said():
     assert "was 2.2000 after 20 of 30 micro-batches and is 2.6000 at the end" in by_heart
     assert "about 67% of the steps" in by_heart
     assert "the defaults are better, 2.4000 against 2.6000" in worse
+    assert winner.outdone([learnt, *repeats]) is repeats[1]
+    assert winner.outdone([learnt, *repeats[1:]]) is None  # nothing to compare with
+    assert winner.outdone([learnt, record(3, [2.4], "winner"), repeats[1]]) is None

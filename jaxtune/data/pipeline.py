@@ -93,7 +93,7 @@ def prepare(
     if held_sources:
         held, held_reports = _load(held_sources, "eval", config, tokenizer, form, tell)
     elif config.data.eval_fraction:
-        train, held = _split(train, config.data.eval_fraction, config.train.seed, tell)
+        train, held = _split(train, config.data.eval_fraction, tell)
     flat = [example for source in train for example in source]
     held_flat = [example for source in held for example in source]
     duplicates, rows, prompts = _compare(flat, held_flat)
@@ -402,15 +402,18 @@ def _compare(train: Iterable[Example], held: Iterable[Example]) -> tuple[int, in
 
 
 def _split(
-    sources: list[list[Example]], fraction: float, seed: int, tell: Say
+    sources: list[list[Example]], fraction: float, tell: Say
 ) -> tuple[list[list[Example]], list[list[Example]]]:
-    """Holds out a seeded fraction of each source; equal examples stay on one side."""
+    """Holds out a fraction of each source, the same for every train.seed, so that scores compare.
+
+    Equal examples stay on one side.
+    """
     train, held = [], []
     for number, source in enumerate(sources):
         groups: dict[bytes, list[int]] = {}
         for index, example in enumerate(source):
             groups.setdefault(_key(example.tokens), []).append(index)
-        order = np.random.default_rng([seed % 2**32, number]).permutation(len(groups))
+        order = np.random.default_rng([0, number]).permutation(len(groups))
         wanted, chosen = round(fraction * len(source)), set()
         members = list(groups.values())
         for group in order[: len(groups) - 1]:
@@ -425,5 +428,5 @@ def _split(
             f"data.eval_fraction={fraction} of {total} examples leaves none to hold out",
             fix="rows that differ, data.eval_fraction=0, or a file in data.eval",
         )
-    tell(f"eval: held out {count} of {total} training examples (data.eval_fraction, seed {seed})")
+    tell(f"eval: held out {count} of {total} training examples (data.eval_fraction)")
     return train, held

@@ -3,7 +3,6 @@
 import gc
 import hashlib
 import json
-import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -59,10 +58,11 @@ def _end(sweep: Sweep, trained: Trained) -> dict[str, Any]:
     study, workdir = trained.study, sweep.workdir
     records = study.records()
     best = winner.choose(records)
-    config = spaces.configured(trained.engine.config, best.params)
-    rows = trained.scored[best.results[-1].rung]
+    given = winner.outdone(records) or best
+    config = spaces.configured(trained.engine.config, given.params)
+    rows = trained.scored[given.results[-1].rung]
     before = winner.base_loss(trained.engine, config, rows)
-    winner.require_gain(before, best, records)
+    winner.require_gain(before, given, records)
     number = best.number if best.of is None else best.of
     say(f"the winner is trial {number}, held-out loss {best.loss:.4f}")
     for line in warnings(records, best, trained.scored):
@@ -71,22 +71,22 @@ def _end(sweep: Sweep, trained: Trained) -> dict[str, Any]:
     for line in _notes(sweep, records, best, trained.scored):
         study.note(line)
     folder, name = workdir / TRIALS, repr(study.started)
-    state = winner.state_of(trained.engine, config, best, folder, name, sweep.check_stop)
+    state = winner.state_of(trained.engine, config, given, folder, name, sweep.check_stop)
     made = workdir / f"{winner.BEST}.saving"
-    step = winner.write(trained.engine, config, best, state, made, before)
+    step = winner.write(trained.engine, config, given, state, made, before)
     del state
     trained.engine = None
     gc.collect()  # the base is loaded again, to score and export what is on the disk
     sweep.check_stop()
-    text = winner.page(config, sweep.space, best.params, sweep.own)
+    text = winner.page(config, sweep.space, given.params, sweep.own)
     winner.write_text(workdir / winner.PAGE, text)
     with ThreadPoolExecutor(1) as beside:
         drawing = beside.submit(report.pictures, summary(sweep, trained, records, best))
         everything = rows == trained.scored[-1]
-        scores = winner.hand_over(best, step, made, workdir, whole=everything)
+        scores = winner.hand_over(given, step, made, workdir, whole=everything)
     whole = summary(sweep, trained, records, best)
     pages = report.write(whole, drawing.result(), workdir)
-    result = _result(sweep, whole, best, scores) | {"steps": step, "report": str(pages[0])}
+    result = _result(sweep, whole, given, scores) | {"steps": step, "report": str(pages[0])}
     winner.write_json(workdir / winner.RESULT, result)
     for record in records:
         if record.status in ("stopped", "diverged"):
@@ -110,14 +110,11 @@ def warnings(records: Sequence[Record], best: Record, scored: Sequence[int]) -> 
             f"{last.position} micro-batches and is {last.loss:.4f} at the end: it learns its rows "
             f"by heart; search with about {least.position / last.position:.0%} of the steps"
         )
-    means = {}
-    for name in ("winner", "defaults"):
-        losses = [r.results[-1].loss for r in records if r.repeats == name and r.results]
-        means[name] = statistics.fmean(losses) if losses else math.nan
-    if means["defaults"] < means["winner"]:
+    if winner.outdone(records) is not None:
+        theirs, ours = (statistics.fmean(winner.again(records)[n]) for n in ("defaults", "winner"))
         found.append(
-            f"with other seeds the defaults are better, {means['defaults']:.4f} against "
-            f"{means['winner']:.4f} in the mean: do not take the winner"
+            f"with other seeds the defaults are better, {theirs:.4f} against {ours:.4f} in the "
+            "mean: they are handed over, not the winner"
         )
     return found
 
@@ -144,17 +141,17 @@ def _notes(
     return [line for line in found if line]
 
 
-def _result(sweep: Sweep, whole: Summary, best: Record, scores: dict[str, Any]) -> dict[str, Any]:
-    """What result.json holds."""
+def _result(sweep: Sweep, whole: Summary, given: Record, scores: dict[str, Any]) -> dict[str, Any]:
+    """What result.json holds; `given` is the trial that is handed over."""
     records, workdir = whole.records, sweep.workdir
     baseline = findings.baseline(whole)
     gain = findings.gain(whole)
-    again = {name: [r.results[-1].loss for r in records if r.repeats == name and r.results]
-             for name in ("winner", "defaults")}  # fmt: skip
+    again = winner.again(records)
     early = baseline.loss if baseline else None  # where there was no time for repeats
     return {
-        "winner": best.number if best.of is None else best.of,
-        "params": dict(best.params),
+        "winner": given.number if given.of is None else given.of,
+        "handed_over": "defaults" if given.repeats else "winner",
+        "params": dict(given.params),
         "loss": scores["tuned"]["loss"],
         "accuracy": scores["tuned"]["accuracy"],
         "loss_before": scores["base"]["loss"],

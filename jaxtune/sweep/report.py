@@ -150,7 +150,8 @@ def headline(summary: Summary, gain: Gain | None) -> str:
         return f"{name} leads with a held-out loss of {wording.loss(_loss(summary, best))}"
     return {
         "better": f"{name} beats the defaults by more than noise",
-        "worse": f"{name} won the search, yet over several seeds the defaults are better",
+        "worse": f"{name} won the search, yet over several seeds the defaults are better and "
+        "handed over",
         "noise": f"{name} won the search, but its lead over the defaults is within noise",
         "unknown": f"{name} is ahead of the defaults; whether by more than noise is not known"
         if gain.difference > 0
@@ -311,7 +312,7 @@ def _commands(summary: Summary, folder: Path) -> str:
     lines = []
     if (folder / "best.py").exists():
         again = f"jaxtune train --config={page_} --workdir={new}"
-        lines.append(("the winner, trained again from its own config", again))
+        lines.append(("what was handed over, trained again from its own config", again))
     if (folder / "best").exists():
         lines.append(("its scores, beside the base model's", f"jaxtune eval --workdir={best}"))
         if summary.task != "classify":

@@ -65,10 +65,9 @@ class Session:
         # {session: (its last sign of life, when this process first saw that)}: clocks of machines
         # differ, so a sign is old when it has not changed for a lease by our own.
         self._signs: dict[str, tuple[float, float]] = {}
-        study.set_user_attr(_PREFIX + self.key, self._values)
 
     def renew(self) -> None:
-        """A sign of life."""
+        """A sign of life; the first begins the session."""
         self._values = {**self._values, "seen": time.time()}
         self._study.set_user_attr(_PREFIX + self.key, self._values)
 
@@ -80,7 +79,10 @@ class Session:
         return {key for key in keys if self._alive(key, attrs.get(_PREFIX + key))}
 
     def count(self) -> int:
-        """How many are at work, this one included: those with a sign of life within a lease."""
+        """How many are at work, this one included once it has begun.
+
+        At work is who gave a sign of life within a lease.
+        """
         late = time.time() - self._lease
         own = {k.removeprefix(_PREFIX): v for k, v in self._study.user_attrs.items()
                if k.startswith(_PREFIX)}  # fmt: skip

@@ -64,9 +64,14 @@ def open_study(
     store = Store(resolve(config.sweep.storage, folder), patience)
     now = identities.whole(identity, config, space, rungs)
     with store.turn():
-        study = optuna.create_study(
-            storage=store.storage, study_name=folder.name or "sweep", load_if_exists=True
-        )
+        made = {"storage": store.storage, "study_name": folder.name or "sweep"}
+        study = optuna.create_study(**made, load_if_exists=True)
+        session = sessions.Session(study, lease, began)
+        # What was refused before its first trial, a budget too short say, binds nobody.
+        if store.storage.get_n_trials(study._study_id) == 0 and session.count() == 0:
+            optuna.delete_study(**made)
+            study = optuna.create_study(**made)
+            session = sessions.Session(study, lease, began)
         saved = study.user_attrs
         if "identity" in saved:
             identities.check_same(saved["identity"], now, store.name)
@@ -76,7 +81,7 @@ def open_study(
             study.set_user_attr("enter", list(enter))
             study.set_user_attr("started", time.time())
             study.set_user_attr("identity", now)
-        session = sessions.Session(study, lease, began)
+        session.renew()
     return Study(store, study, space, sampler, session)
 
 

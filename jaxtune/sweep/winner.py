@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,27 @@ def choose(records: Sequence[Record]) -> Record:
     if best is None:
         raise _all_diverged(records)
     return best
+
+
+def again(records: Sequence[Record]) -> dict[str, list[float]]:
+    """Held-out losses of "winner" and "defaults", trained whole with other seeds."""
+    return {
+        name: [r.results[-1].loss for r in records if r.repeats == name and r.results]
+        for name in ("winner", "defaults")
+    }
+
+
+def outdone(records: Sequence[Record]) -> Record | None:
+    """The first repeat of the defaults, where these beat the winner in the mean over seeds.
+
+    The winner was chosen for its loss, luck included; repeats are chosen for nothing.
+    """
+    losses = again(records)
+    if not all(losses.values()):
+        return None
+    if statistics.fmean(losses["winner"]) <= statistics.fmean(losses["defaults"]):
+        return None
+    return next(record for record in records if record.repeats == "defaults" and record.results)
 
 
 def base_loss(engine: Any, config: Config, rows: int) -> float:
