@@ -95,102 +95,165 @@ def fit(
     with lock(workdir), Stop() as stop:
         ready = prepare(config, workdir)
         heap.resume_collector()
-        config = ready.config
-        state, progress = ready.state, ready.progress
-        first = int(state.step)
+        config, first = ready.config, int(ready.state.step)
         _write_json(workdir / setup.CONFIG, setup.portable(config))
-        # Of a bucket's workdir, what is appended to is kept here and sent with each checkpoint.
-        desk = bucket.Desk(workdir, metrics.FILES if pods.is_first() else ())
-        writer = metrics.open_writer(
-            desk.folder,
-            tensorboard=config.train.tensorboard,
-            wandb=config.train.wandb,
-            resume_step=first,
-            write=pods.is_first(),
-        )
-        meter = metrics.Meter(clock)
-        deadline = Deadline(
-            config,
-            ready.steps,
-            state=state,
-            progress=progress,
-            clock=clock,
-            trained=meter.seconds,
-            devices=ready.mesh.size,
-        )
-
-        def measure(step: int) -> bool:
-            """Evaluates, unless that is done; whether it has a new result."""
-            if ready.eval is None or any(at == step for at, _ in progress.evals):
-                return False
-            with meter.excluded():
-                batches = deadline.evaluating(_eval_batches(config, ready, stop))
-                score = evaluate(ready.eval_step, state.trainable, ready.frozen, batches)
-            if stop.agreed:
-                return False  # it ended early, and is done again on resuming
-            progress.evals.append([step, score.loss])
-            writer.write(step, "eval", score._asdict())
-            say(f"step {step}: evaluation loss {score.loss:.4f}, accuracy {score.accuracy:.1%}")
-            return True
-
-        def tell(step: int, text: str) -> None:
-            show(step, text, deadline.steps)
-
-        def save(step: int) -> None:
-            deadline.note()
-            with meter.excluded(), deadline.saving():
-                losses = [loss for done, loss in progress.evals if done == step]
-                meta = {
-                    "fingerprint": ready.fingerprint,
-                    "progress": dataclasses.asdict(progress),
-                }
-                desk.push()
-                ready.saver.save(step, state, meta=meta, loss=losses[0] if losses else None)
-
+        run = _begin(ready, workdir, stop, clock)
+        kind = "pretraining" if config.task == "pretrain" else "fine-tuning"
         with (
             jax.set_mesh(ready.mesh),
-            bar(
-                "pretraining" if config.task == "pretrain" else "fine-tuning", deadline.steps, first
-            ) as show,
-            closing(desk),
-            closing(writer),
+            bar(kind, run.deadline.steps, first) as show,
+            closing(run.desk),
+            closing(run.writer),
         ):
-            deadline.open()
-            due_eval = first in (0, deadline.steps) or _due(config.eval.every, first)
-            if due_eval and measure(first) and first:
-                save(first)  # whose evaluation a stop had cut off
-            batches = _batches(config, ready, first)
-            pending: tuple[int, StepMetrics] | None = None
-            step = first
-            while (
-                step < deadline.steps and not pods.stops(stop) and not _impatient(config, progress)
-            ):
-                with meter.excluded() if step == first else nullcontext():  # it compiles
-                    state, measured = ready.train_step(state, ready.frozen, next(batches))
-                step += 1
-                # The device is busy with this step while the host reads the one before it.
-                if pending is not None:
-                    _record(pending, config, progress, meter, writer, tell)
-                pending = (step, measured)
-                due_eval = _due(config.eval.every, step)
-                due_save = due_eval or _due(config.checkpoint.every, step)
-                if due_save or deadline.due(step) or step == deadline.steps:
-                    _record(pending, config, progress, meter, writer, tell)
-                    pending = None
-                    state, refitted = deadline.refit(step, state, saved=due_save)
-                    last = step == deadline.steps
-                    if due_eval or last:
-                        measure(step)
-                    if due_save or refitted or last:
-                        save(step)
-            if pending is not None:
-                _record(pending, config, progress, meter, writer, tell)
+            step = _train(run, first, show)
             if stop.agreed:
-                save(step)
+                run.save(step)
                 raise _stopped(stop, step, workdir)
-            if step < deadline.steps:
+            if step < run.deadline.steps:
                 say(f"step {step}: no better evaluation in {config.eval.patience}, stopped early")
-        return _finish(config, workdir, ready, progress, step, clock())
+        return _finish(workdir, ready, step, clock())
+
+
+def _train(run: "_Run", first: int, show: Callable[[int, str, int], None]) -> int:
+    """Steps from `first` to the end, a stop or lost patience; returns the last step done."""
+    ready, deadline, config = run.ready, run.deadline, run.ready.config
+    deadline.open()
+    due_eval = first in (0, deadline.steps) or _due(config.eval.every, first)
+    if due_eval and run.measure(first) and first:
+        run.save(first)  # whose evaluation a stop had cut off
+    batches = _batches(config, ready, first)
+    pending: tuple[int, StepMetrics] | None = None
+    step = first
+    while step < deadline.steps and not pods.stops(run.stop) and not _impatient(ready):
+        with run.meter.excluded() if step == first else nullcontext():  # it compiles
+            run.state, measured = ready.train_step(run.state, ready.frozen, next(batches))
+        step += 1
+        # The device is busy with this step while the host reads the one before it.
+        if pending is not None:
+            run.record(*pending, show)
+        pending = (step, measured)
+        due_eval = _due(config.eval.every, step)
+        due_save = due_eval or _due(config.checkpoint.every, step)
+        if due_save or deadline.due(step) or step == deadline.steps:
+            run.record(*pending, show)
+            pending = None
+            run.state, refitted = deadline.refit(step, run.state, saved=due_save)
+            last = step == deadline.steps
+            if due_eval or last:
+                run.measure(step)
+            if due_save or refitted or last:
+                run.save(step)
+    if pending is not None:
+        run.record(*pending, show)
+    return step
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run at work: its state, and all that is done beside its steps."""
+
+    ready: Ready
+    state: TrainState
+    stop: Stop
+    desk: bucket.Desk
+    writer: metrics.Writer | metrics.NoWriter
+    meter: metrics.Meter
+    deadline: Deadline
+
+    def measure(self, step: int) -> bool:
+        """Evaluates, unless that is done; whether it has a new result."""
+        ready, progress = self.ready, self.ready.progress
+        if ready.eval is None or any(at == step for at, _ in progress.evals):
+            return False
+        with self.meter.excluded():
+            batches = self.deadline.evaluating(_eval_batches(ready, self.stop))
+            score = evaluate(ready.eval_step, self.state.trainable, ready.frozen, batches)
+        if self.stop.agreed:
+            return False  # it ended early, and is done again on resuming
+        progress.evals.append([step, score.loss])
+        self.writer.write(step, "eval", score._asdict())
+        say(f"step {step}: evaluation loss {score.loss:.4f}, accuracy {score.accuracy:.1%}")
+        return True
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint, and a bucket's metrics before it."""
+        self.deadline.note()
+        with self.meter.excluded(), self.deadline.saving():
+            progress = self.ready.progress
+            losses = [loss for done, loss in progress.evals if done == step]
+            meta = {
+                "fingerprint": self.ready.fingerprint,
+                "progress": dataclasses.asdict(progress),
+            }
+            self.desk.push()
+            loss = losses[0] if losses else None
+            self.ready.saver.save(step, self.state, meta=meta, loss=loss)
+
+    def record(
+        self, step: int, measured: StepMetrics, show: Callable[[int, str, int], None]
+    ) -> None:
+        """Fetches the numbers of one step, adds them up, and writes a line when it is due."""
+        config, progress = self.ready.config, self.ready.progress
+        measured = jax.device_get(measured)
+        term, tokens = [float(x) for x in measured.loss], int(measured.tokens)
+        self.meter.add(tokens)
+        progress.position += config.train.batch_size
+        progress.tokens += tokens
+        progress.window_tokens += tokens
+        if bool(measured.finite):
+            progress.skipped_in_a_row = 0
+            progress.total += term[0]
+            progress.weight += term[1]
+            progress.correct += term[2]
+        else:
+            progress.skipped_in_a_row += 1
+            self.writer.write(
+                step, "skipped", {"loss": term[0], "grad_norm": float(measured.grad_norm)}
+            )
+            say(f"step {step}: not finite, skipped ({progress.skipped_in_a_row} in a row)")
+            if progress.skipped_in_a_row >= MOST_SKIPPED:
+                raise NumericsError(
+                    f"{MOST_SKIPPED} steps in a row up to step {step} were not finite",
+                    fix="a lower optim.lr, or model.dtype=float32; the last checkpoint is sound",
+                )
+        loss = progress.total / max(progress.weight, 1.0)
+        show(step, f"loss {loss:.4f}  {self.meter.overall():,.0f} tokens/s", self.deadline.steps)
+        if step % config.train.log_every == 0:
+            values = {
+                "loss": loss,
+                "accuracy": progress.correct / max(progress.weight, 1.0),
+                "tokens": progress.window_tokens,
+                "tokens_per_second": self.meter.window(),
+                "lr": float(measured.lr),
+                "grad_norm": float(measured.grad_norm),
+            }
+            self.writer.write(step, "train", values)
+            progress.total = progress.weight = progress.correct = 0.0
+            progress.window_tokens = 0
+
+
+def _begin(ready: Ready, workdir: Any, stop: Stop, clock: Callable[[], float]) -> _Run:
+    config = ready.config
+    # Of a bucket's workdir, what is appended to is kept here and sent with each checkpoint.
+    desk = bucket.Desk(workdir, metrics.FILES if pods.is_first() else ())
+    writer = metrics.open_writer(
+        desk.folder,
+        tensorboard=config.train.tensorboard,
+        wandb=config.train.wandb,
+        resume_step=int(ready.state.step),
+        write=pods.is_first(),
+    )
+    meter = metrics.Meter(clock)
+    deadline = Deadline(
+        config,
+        ready.steps,
+        state=ready.state,
+        progress=ready.progress,
+        clock=clock,
+        trained=meter.seconds,
+        devices=ready.mesh.size,
+    )
+    return _Run(ready, ready.state, stop, desk, writer, meter, deadline)
 
 
 def _clock() -> Callable[[], float]:
@@ -278,10 +341,10 @@ def _batches(config: Config, ready: Ready, first: int) -> Iterator[Batch]:
     return setup.to_mesh(local, ready.mesh, size)
 
 
-def _eval_batches(config: Config, ready: Ready, stop: Stop) -> Iterator[Batch]:
+def _eval_batches(ready: Ready, stop: Stop) -> Iterator[Batch]:
     """The evaluation rows on the mesh; ends early when asked to stop."""
     assert ready.eval is not None
-    size = config.train.batch_size
+    size = ready.config.train.batch_size
     local = pipeline.eval_batches(ready.eval, size, sharding.local_rows(ready.mesh, size))
     for batch in setup.to_mesh(local, ready.mesh, size):
         yield batch
@@ -289,54 +352,17 @@ def _eval_batches(config: Config, ready: Ready, stop: Stop) -> Iterator[Batch]:
             return
 
 
-def _record(pending, config: Config, progress: Progress, meter, writer, show) -> None:
-    """Fetches the numbers of one step, adds them up, and writes a line when it is due."""
-    step, measured = pending
-    measured = jax.device_get(measured)
-    term, tokens = [float(x) for x in measured.loss], int(measured.tokens)
-    meter.add(tokens)
-    progress.position += config.train.batch_size
-    progress.tokens += tokens
-    progress.window_tokens += tokens
-    if bool(measured.finite):
-        progress.skipped_in_a_row = 0
-        progress.total += term[0]
-        progress.weight += term[1]
-        progress.correct += term[2]
-    else:
-        progress.skipped_in_a_row += 1
-        writer.write(step, "skipped", {"loss": term[0], "grad_norm": float(measured.grad_norm)})
-        say(f"step {step}: not finite, skipped ({progress.skipped_in_a_row} in a row)")
-        if progress.skipped_in_a_row >= MOST_SKIPPED:
-            raise NumericsError(
-                f"{MOST_SKIPPED} steps in a row up to step {step} were not finite",
-                fix="a lower optim.lr, or model.dtype=float32; the last checkpoint is sound",
-            )
-    loss = progress.total / max(progress.weight, 1.0)
-    show(step, f"loss {loss:.4f}  {meter.overall():,.0f} tokens/s")
-    if step % config.train.log_every == 0:
-        values = {
-            "loss": loss,
-            "accuracy": progress.correct / max(progress.weight, 1.0),
-            "tokens": progress.window_tokens,
-            "tokens_per_second": meter.window(),
-            "lr": float(measured.lr),
-            "grad_norm": float(measured.grad_norm),
-        }
-        writer.write(step, "train", values)
-        progress.total = progress.weight = progress.correct = 0.0
-        progress.window_tokens = 0
-
-
 def _due(every: int, step: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _impatient(config: Config, progress: Progress) -> bool:
-    return bool(config.eval.patience) and progress.since_best() >= config.eval.patience
+def _impatient(ready: Ready) -> bool:
+    patience = ready.config.eval.patience
+    return bool(patience) and ready.progress.since_best() >= patience
 
 
-def _finish(config, workdir: Path, ready: Ready, progress: Progress, step: int, seconds: float):
+def _finish(workdir: Path, ready: Ready, step: int, seconds: float) -> dict[str, Any]:
+    progress = ready.progress
     best = min(progress.evals, key=lambda pair: pair[1], default=None)
     result = {
         "steps": step,
