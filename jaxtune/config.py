@@ -129,7 +129,8 @@ class SweepConfig:
     """`jaxtune sweep`; a plain training does not look at it."""
 
     # {"optim.lr": log(1e-5, 3e-3), "lora.r": choice(4, 8, 16)}; empty is the default space
-    space: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    # What is no axis goes on to the sweep as it is, which names its key
+    space: tuple[tuple[str, tuple[Any, ...] | Any], ...] = ()
     trials: int = 16  # 0: as many as the budget has room for
     sampler: str = "tpe"  # or random, grid, or a sampler class by name, "package.module.Class"
     budget: str = ""  # of the whole search, "24h", "64 chip-hours", "500M tokens"; empty: none
@@ -138,7 +139,7 @@ class SweepConfig:
     population: int = 0  # trials trained at once; 0 is as many as fit and pay
     data_fraction: float = 1.0  # training rows that all but the finalists see
     max_length: int = 0  # tokens a row for all but the finalists; 0 is data.max_length
-    finalists: int = 1  # trials trained to the end
+    finalists: int = 2  # trials trained to the end; early leaders are not always the best
     repeats: int = 3  # seeds that winner and defaults are trained with to tell gain from noise
     storage: str = ""  # database URL or journal file of the study; empty is sweep.db in the workdir
     prior: tuple[str, ...] = ()  # storages of earlier studies to learn from

@@ -74,6 +74,12 @@ class Engine:
         """Of the training data."""
         return len(self.train)
 
+    @property
+    def outcomes(self) -> int:
+        """What a prediction chooses from: words, or a classifier's classes."""
+        labels = self.config.data.labels if self.config.task == "classify" else ()
+        return len(labels) or self._layout.assembly.model.vocab_size
+
     def member(self, config: Config) -> Member:
         """A trial of this population; see `Layout.member`."""
         return self._layout.member(config, self.rows)

@@ -28,7 +28,7 @@ from jaxtune.hf import files, tokenizer
 from jaxtune.scoring import evaluate
 from jaxtune.signals import Stop
 from jaxtune.step import StepMetrics, TrainState
-from jaxtune.workdir import check_fingerprint, fingerprint_of, lock
+from jaxtune.workdir import check_fingerprint, fingerprint_of, lock, refuse_sweep
 
 MOST_SKIPPED = 5  # non-finite steps in a row that end a run
 
@@ -92,6 +92,7 @@ def fit(
     """
     workdir = bucket.folder(workdir)
     clock = clock or _clock()
+    refuse_sweep(workdir)
     with lock(workdir), Stop() as stop:
         ready = prepare(config, workdir)
         heap.resume_collector()

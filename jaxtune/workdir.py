@@ -17,7 +17,15 @@ from jaxtune.data.packing import Rows, digest
 from jaxtune.errors import ConfigError, StorageError
 from jaxtune.hf import files, tokenizer
 
+TRIALS = "trials"  # folder in a sweep's workdir
+
 _DIGEST = re.compile(r'"[0-9a-f]{64}"')
+
+
+def refuse_sweep(workdir: str | os.PathLike[str]) -> None:
+    """Raises ConfigError where a training would write over a sweep."""
+    if "://" not in os.fspath(workdir) and (Path(workdir) / TRIALS).is_dir():
+        raise ConfigError(f"{workdir} holds a sweep", fix="another --workdir for the training")
 
 
 class InUse(ConfigError):

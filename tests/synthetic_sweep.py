@@ -108,6 +108,27 @@ def _repeats(records: list[Record], best: int, count: int, noise: float, dice: r
             number += 1
 
 
+def wider(summary: Summary, more: dict[str, tuple[Any, ...]]) -> Summary:
+    """The same sweep with more keys; trials take turns with their choices."""
+    records = [
+        dataclasses.replace(
+            record,
+            params=record.params
+            | {key: axis[1 + record.number % (len(axis) - 1)] for key, axis in more.items()},
+        )
+        for record in summary.records
+    ]
+    return dataclasses.replace(summary, space=summary.space | more, records=tuple(records))
+
+
+MORE = {
+    "train.batch_size": ("choice", 8, 16, 32),
+    "optim.weight_decay": ("choice", 0.0, 1.25e-3, 0.1),
+    "optim.warmup": ("choice", 0.03, 0.1),
+    "lora.target_modules": ("choice", "all-linear", ("q_proj", "v_proj")),
+}
+
+
 def half_way(summary: Summary, running: int = 3) -> Summary:
     """The same sweep earlier: the first trials run, those after them wait."""
     records = [

@@ -149,6 +149,22 @@ def test_as_many_as_there_is_room_for_leave_a_third_to_the_repeats():
         plan(None, open_, COSTS)
 
 
+def test_a_third_that_pays_for_no_repeat_goes_to_the_search():
+    open_ = Ask(rungs=(4, 16, 64), trials=0, eta=4, finalists=1, repeats=3)
+    pair = 64 * 0.8 + 0.3 + 2 * 0.1  # a seed of winner and defaults
+    enough = plan(3 * (pair + 1.0) + 5.0, open_, COSTS)  # and a third of this pays for it
+    assert enough.repeats == 1
+    short = plan(3 * (pair - 1.0) + 5.0, open_, COSTS)
+    assert short.trials > enough.trials
+    assert short.repeats == 0
+
+
+def test_there_are_no_more_trials_than_the_space_has():
+    few = dataclasses.replace(ASK, most=5)
+    assert plan(None, few, COSTS).enter == (5, 1, 1)
+    assert plan(900.0, dataclasses.replace(few, trials=0), COSTS).trials == 5
+
+
 def test_the_finalists_are_trained_on_everything_where_rungs_see_less():
     ask = Ask(rungs=(4, 16), trials=16, eta=4, finalists=2, repeats=0, whole=64)
     found = plan(None, ask, COSTS)

@@ -110,7 +110,7 @@ def test_a_sweep_finds_and_hands_over(swept):
     workdir, result = swept
     found = records(workdir)
     search = [r for r in found if r.role != "repeat"]
-    assert [r.status for r in search].count("finished") == 1
+    assert [r.status for r in search].count("finished") == 2
     assert len(search) == 4
     assert {r.role for r in search} >= {"baseline", "search"}
     winner = found[result["winner"]]
@@ -281,6 +281,7 @@ def test_what_no_search_can_be_done_with_ends_before_the_model_is_read(page, tmp
         "sweep.budget=soon": "sweep.budget 'soon' is no amount of time or tokens",
         "train.budget=1h": "train.budget is of one training",
         "sweep.eta=1": "sweep.eta is 1; try: 2 or more",
+        "sweep.max_length=65": "sweep.max_length is 65, more than data.max_length, 64",
         "sweep.data_fraction=1.5": "sweep.data_fraction is 1.5; try: from 1e-06 to 1.0",
         "sweep.storage=/nowhere/to/be/found/sweep.db": "storage]: sweep.storage /nowhere/to",
         "sweep.trials=0": "sweep.trials is 0, and there is no sweep.budget",
@@ -291,6 +292,43 @@ def test_what_no_search_can_be_done_with_ends_before_the_model_is_read(page, tmp
         assert code == (74 if "storage" in expected[:8] else 2), override
         assert expected in last(said)
         assert "; try: " in last(said)
+
+
+def test_a_grid_of_few_points_is_halved_by_their_number(page, tmp_path):
+    text = page.read_text().replace("log(1e-3, 1e-2)", "choice(1e-3, 5e-3)")
+    few = tmp_path / "few.py"
+    few.write_text(text.replace('"random"', '"grid"').replace("trials = 4", "trials = 16"))
+    more = ["--config.sweep.repeats=0", "--config.sweep.finalists=1"]
+    code, result, said = run(few, tmp_path / "sweep", *more)
+    assert code == 0, said
+    assert "sweep.space has 4 different trials, so there are not 16" in said
+    assert result["trials"] == {"finished": 1, "stopped": 3}
+
+
+def test_a_training_does_not_write_over_a_sweep(swept):
+    workdir, result = swept
+    before = (workdir / "result.json").read_bytes()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = cli.main(["train", f"--config={result['config']}", f"--workdir={workdir}"])
+    assert code == 2
+    assert "holds a sweep; try: another --workdir" in said.getvalue()
+    assert (workdir / "result.json").read_bytes() == before
+    assert not (workdir / "checkpoints").exists()
+
+
+def test_another_model_at_the_same_path_is_another_sweep(page, tmp_path, inputs):
+    base = tmp_path / "base"
+    shutil.copytree(inputs / "base", base)
+    flags = [f"--config.model.path={base}", "--config.sweep.repeats=0"]
+    code, _, said = run(page, tmp_path / "sweep", *flags)
+    assert code == 0, said
+    weights = base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-4:] = bytes(4)
+    weights.write_bytes(content)
+    code, _, said = run(page, tmp_path / "sweep", *flags)
+    assert code == 2
+    assert "model was" in said
 
 
 def test_a_workdir_of_a_training_or_in_use_is_refused(page, tmp_path):

@@ -149,9 +149,14 @@ def test_positions_and_quotas():
     assert halving.positions(100, 3, 4) == (13, 36, 100)  # an eighth, though that is 13 updates
     assert halving.positions(3, 4, 4) == (1, 2, 3)  # two of four are one
     assert halving.positions(5, 1, 4) == (5,)
-    assert halving.quotas(16, 3, 4, 2) == (16, 4, 2)
+    assert halving.quotas(16, 3, 4, 1) == (16, 4, 1)
+    assert halving.quotas(16, 3, 4, 2) == (16, 3, 2)  # the second place is paid for before
+    assert halving.quotas(64, 4, 4, 2) == (64, 16, 3, 2)
+    assert halving.quotas(16, 3, 4, 3) == (16, 3, 3)
+    assert halving.quotas(12, 2, 4, 2) == (12, 3)
     assert halving.quotas(2, 3, 4, 3) == (2, 2, 2)
-    assert halving.survivors(7, 2, 1) == 3
+    assert halving.quotas(7, 2, 2, 1) == (7, 3)
+    assert halving.quotas(5, 1, 4, 2) == (5,)
 
 
 def paused(number: int, loss: float, rung: int = 0, **changes) -> Record:

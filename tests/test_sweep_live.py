@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -28,7 +29,7 @@ def changed(summary: Summary, number: int, **values) -> Summary:
 
 def screen(summary: Summary, width: int = 150, **options) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(live.render(summary, **options))
+    console.print(live.render(summary, width=width, **options))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -128,6 +129,52 @@ def test_the_table_has_the_running_trials(summary: Summary):
     assert "5.40k tokens/s" in text
     assert "1 min 00 s used, 59 min 00 s left" in text
     assert "best so far: " in text
+
+
+@pytest.mark.parametrize("width", [150, 110, 90, 70])
+def test_values_are_whole_however_many_keys_there_are(summary: Summary, width: int):
+    wide = synthetic_sweep.wider(summary, synthetic_sweep.MORE)
+    text = screen(wide, width)
+    head, *rows = text.splitlines()
+    assert max(map(len, text.splitlines())) <= width
+    dropped = text.partition("no room for ")[2].partition("\n")[0].split(", ")
+    for record in wide.records[:3]:
+        row = next(row for row in rows if row.split()[:1] == [str(record.number)])
+        kept = [wording.value(v) for k, v in record.params.items() if k not in dropped]
+        assert all(value in row for value in kept)
+        assert "…" not in row
+        assert wording.loss(record.loss) in row
+    assert ("curve" in head, "training" in head, "…" in head) == {
+        150: (True, True, False),
+        110: (False, True, False),
+        90: (False, False, True),
+        70: (False, False, True),
+    }[width]
+    assert dropped == (["lora.target_modules"] if width == 70 else [""])
+
+
+def test_a_long_list_is_cut_so_that_numbers_stay(summary: Summary):
+    names = tuple(f"{name}_proj" for name in "qkvo")
+    text = screen(changed(summary, 0, params=summary.records[0].params | {"lora.r": names}))
+    assert "q_proj, k_proj, v_proj,…" in text
+    assert wording.value(names) not in text.partition("best so far")[0]
+
+
+def test_repeats_in_the_table_say_of_whom_they_are(summary: Summary):
+    params = summary.records[0].params
+    more = (
+        Record(90, params, "running", role="repeat", repeats="winner"),
+        Record(91, params, "running", role="repeat", repeats="defaults"),
+        Record(92, params, "running", role="final", of=3),
+    )
+    text = screen(dataclasses.replace(summary, records=(*summary.records, *more)))
+    for name in ("90, winner again", "91, defaults again", "92, trial 3 again"):
+        assert re.search(rf"{name} +2e-4 +16 +cosine", text)
+
+
+def test_keys_that_end_alike_are_told_in_full():
+    keys = ["optim.lr", "head.lr", "lora.r"]
+    assert wording.heads(keys) == {"optim.lr": "optim.lr", "head.lr": "head.lr", "lora.r": "r"}
 
 
 def test_a_table_keeps_to_the_screen(summary: Summary):

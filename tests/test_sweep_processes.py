@@ -65,7 +65,7 @@ def test_the_same_command_twice_shares_the_trials_and_survives_the_loss_of_one(i
     for record in searched:  # no rung twice, none left out
         assert [r.rung for r in record.results] == [0, 1][: len(record.results)]
     ended = [record for record in searched if len(record.results) == 2]
-    assert len(ended) == halving.quotas(12, 2, 4, 1)[-1]
+    assert len(ended) == halving.quotas(12, 2, 4, 2)[-1]
 
 
 def so_far(workdir: Path) -> list:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import math
 import re
 from html.parser import HTMLParser
@@ -307,6 +308,81 @@ def test_the_map_is_of_rate_and_rank_or_of_what_matters_most(summary: Summary):
     assert (axes.get_xlabel(), axes.get_ylabel()) == (
         "optim.schedule", "held-out loss at rung 1, nats a token"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "unit"), [("classify", "nats a row"), ("sft", "nats a token")])
+def test_losses_have_the_unit_of_their_task(summary: Summary, tmp_path: Path, task, unit):
+    changed = with_repeats(dataclasses.replace(summary, task=task), [2.0, 2.1], [2.2, 2.4])
+    found = findings.importances(changed)
+    one = dataclasses.replace(changed, space={"optim.lr": summary.space["optim.lr"]})
+    drawn = report.draw(changed, found)
+    drawn["lr_map"] = landscape.lr_map(one, findings.Importances({}, 0, 0, ""))
+    texts = {name: " ".join(_texts(drawn[name])) for name in drawn}
+    named = [name for name in texts if unit in texts[name]]
+    assert named == ["baseline", "lr_map", "learning_curves", "rungs"]
+    page = Page(report.compose(changed, found, dict.fromkeys(NAMES, ""), tmp_path)).text
+    assert f"2.0500 against 2.3000 {unit}: " in page
+    assert ("nats a token" in f"{page}{texts}") == (task != "classify")
+
+
+def test_no_axis_of_losses_runs_below_zero(summary: Summary):
+    wide = the_gain(with_repeats(summary, [0.12, 0.31], [0.35, 0.5]))
+    assert findings.interval(wide.winner)[1] < 0
+    (axes,) = figures.baseline(wide, "nats a row").axes
+    assert axes.get_xlim()[0] == 0
+    assert axes.get_xlim()[1] > findings.interval(wide.winner)[2]
+    near = the_gain(with_repeats(summary, [2.0, 2.01], [2.1, 2.12]))
+    (axes,) = figures.baseline(near, "nats a token").axes
+    assert 1.5 < axes.get_xlim()[0] < 2.0
+
+
+@pytest.mark.parametrize(
+    "more", [{}, synthetic_sweep.MORE, dict.fromkeys(VARIES, ("choice", 1, 2))]
+)
+def test_names_of_the_parallel_axes_keep_apart(summary: Summary, more):
+    wide = synthetic_sweep.wider(summary, more)
+    (axes,) = landscape.parallel(wide).axes
+    labels = axes.get_xticklabels()
+    assert [label.get_text() for label in labels] == [
+        *(key.split(".")[1] for key in wide.space), "place"
+    ]  # fmt: skip
+    boxes = []
+    for label in labels:
+        angle = math.radians(label.get_rotation())
+        label.set_rotation(0)
+        boxes.append(label.get_window_extent())
+    for (one, other), (tick, following) in zip(
+        itertools.pairwise(boxes), itertools.pairwise(axes.get_xticks()), strict=True
+    ):
+        apart = np.diff(axes.transData.transform([(tick, 0), (following, 0)])[:, 0])[0]
+        # Slanted lines of text lie side by side, level ones one after the other.
+        level = (one.width + other.width) / 2 < apart
+        assert level if angle == 0 else apart * math.sin(angle) > max(one.height, other.height)
+
+
+def test_why_says_a_thing_once(summary: Summary, tmp_path: Path):
+    told = [
+        ("baseline", "defaults; place 3 of 16 at rung 1", "defaults; place 3 of 16 at rung 1"),
+        ("baseline", "", "defaults"),
+        ("prior", "prior, lr by width 0.0005", "prior, lr by width 0.0005"),
+        ("prior", "won an earlier sweep", "prior; won an earlier sweep"),
+        ("search", "loss not finite", "loss not finite"),
+    ]
+    records = tuple(
+        dataclasses.replace(summary.records[number], role=role, why=why)
+        for number, (role, why, _) in enumerate(told)
+    )
+    few = dataclasses.replace(summary, records=records)
+    found = findings.Importances({}, 0, 0, "")
+    rows = Page(report.compose(few, found, dict.fromkeys(NAMES, ""), tmp_path)).rows
+    last = {row[0]: row[-1] for row in rows[-len(told) :]}
+    assert last == {str(number): shown for number, (_, _, shown) in enumerate(told)}
+
+
+def test_data_are_named_by_their_paths():
+    entries = ({"path": "rows/a.tsv", "weight": 2.0, "columns": {"text": "yo"}}, "b.jsonl")
+    assert wording.sources(entries) == "rows/a.tsv, b.jsonl"
+    assert wording.sources("rows.jsonl") == "rows.jsonl"
 
 
 @pytest.mark.parametrize("trials", [1, 4, 40])

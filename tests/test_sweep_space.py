@@ -9,6 +9,8 @@ from jaxtune.config import Config, choice, log, uniform
 from jaxtune.errors import ConfigError
 from jaxtune.sweep import prior, space
 
+AXES = "log(low, high), uniform(low, high) or choice(a, b, ...)"
+
 
 def with_space(axes: dict, **changes) -> Config:
     config = settings.replaced(Config(), {k.replace("__", "."): v for k, v in changes.items()})
@@ -18,25 +20,41 @@ def with_space(axes: dict, **changes) -> Config:
 @pytest.mark.parametrize(
     ("axes", "parts"),
     [
-        ({"optim.learning_rate": log(1e-4, 1e-3)}, ("optim.learning_rate", "did you mean")),
-        ({"optim.lrr": log(1e-4, 1e-3)}, ("did you mean optim.lr?",)),
+        (
+            {"optim.learning_rate": log(1e-4, 1e-3)},
+            ("optim.learning_rate", "did you mean optim.lr?"),
+        ),
+        ({"optim.lrr": log(1e-4, 1e-3)}, ("did you mean optim.lr? one of optim.lr, optim.weight",)),
+        ({"lora.zzz": log(1e-4, 1e-3)}, ("'lora.zzz'; try: one of optim.lr, optim.weight_decay",)),
         ({"train.lr": log(1e-4, 1e-3)}, ("did you mean optim.lr?",)),
         ({"data.packing": choice(True, False)}, ("cannot vary", "optim.lr, optim.weight_decay")),
         ({"optim.name": choice("adamw", "lion")}, ("optim.name", "cannot vary")),
         ({"optim.lr": log(1e-3, 1e-4)}, ("log(0.001, 0.0001)", "smaller bound first")),
         ({"optim.lr": uniform(1e-3, 1e-3)}, ("smaller bound first",)),
         ({"optim.weight_decay": log(0.0, 0.1)}, ("bounds above 0",)),
-        ({"optim.lr": ("log", 1e-4)}, ("log(0.0001)", "log(low, high)")),
-        ({"optim.lr": log(1e-4, float("inf"))}, ("log(0.0001, inf)",)),
-        ({"optim.lr": ("log", "1e-4", "1e-3")}, ("optim.lr", "log(low, high)")),
-        ({"optim.lr": ("normal", 1e-4, 1e-3)}, ("'normal'", "choice")),
+        (
+            {"optim.lr": ("log", 1e-4)},
+            ("log(0.0001): a range has two ends, not 1", "log(low, high)"),
+        ),
+        ({"optim.lr": log(1e-4, float("inf"))}, ("log(0.0001, inf): inf is not finite",)),
+        (
+            {"optim.lr": ("log", "1e-4", 1e-3)},
+            ("log('1e-4', 0.001): '1e-4' is no number; try: log(",),
+        ),
+        ({"optim.lr": ("normal", 1e-4, 1e-3)}, ("optim.lr is ('normal', 0.0001, 0.001)", AXES)),
+        ({"optim.lr": 1e-3}, ("sweep.space optim.lr is 0.001; ", AXES)),
+        ({"optim.lr": None}, ("sweep.space optim.lr is None; ", AXES)),
+        ({"optim.lr": []}, ("sweep.space optim.lr is (); ", AXES)),
+        ({"optim.lr": ["optim.lr"]}, ("sweep.space optim.lr is ('optim.lr',); ", AXES)),
+        ({"optim.lr": [1e-4, 3e-4]}, ("sweep.space optim.lr is (0.0001, 0.0003); ", AXES)),
         ({"optim.lr": choice()}, ("empty choice",)),
         ({"optim.lr": choice(1e-4, None)}, ("optim.lr has None",)),
         ({"optim.lr": choice(1e-4, 1e-4)}, ("0.0001 twice",)),
         ({"lora.dropout": choice(0.0, 1.5)}, ("lora.dropout", "[0, 1)")),
         ({"lora.dropout": uniform(0.0, 1.5)}, ("lora.dropout", "[0, 1)")),
         ({"lora.r": choice(4, 8.5)}, ("lora.r", "8.5", "int")),
-        ({"lora.r": choice(0, 8)}, ("lora.r has 0",)),
+        ({"lora.r": choice(0, 8)}, ("lora.r has 0: adapters have a rank of 1 or more",)),
+        ({"lora.r": choice(4, None)}, ("lora.r is None", "int")),
         ({"lora.r": uniform(4.0, 64.0)}, ("lora.r", "int")),
         ({"optim.schedule": choice("cosine", "linaer")}, ("did you mean 'linear'",)),
         ({"optim.schedule": uniform(0, 1)}, ("is a range", "choice")),
@@ -50,6 +68,22 @@ def test_wrong_spaces_are_one_line_that_names_the_key(axes, parts):
         space.parse(with_space(axes))
     line = caught.value.line()
     assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("learning_rate", "optim.lr"), ("train.learning_rate", "optim.lr"), ("lr", "optim.lr"),
+        ("optim.wd", "optim.weight_decay"), ("lora.rank", "lora.r"), ("lora.lora_rank", "lora.r"),
+        ("lora.lora_alpha", "lora.alpha"), ("lora.lora_dropout", "lora.dropout"),
+        ("optim.warmup_ratio", "optim.warmup"), ("train.batch", "train.batch_size"),
+        ("per_device_train_batch_size", "train.batch_size"), ("data.seed", "train.seed"),
+        ("train.num_train_epochs", "train.epochs"), ("train.max_steps", "train.steps"),
+    ],
+)  # fmt: skip
+def test_usual_names_find_their_key(written, meant):
+    with pytest.raises(ConfigError, match=rf"did you mean {meant}\?"):
+        space.parse(with_space({written: log(1e-4, 1e-3)}))
 
 
 def test_what_the_config_rules_out_is_named():
@@ -89,6 +123,8 @@ def test_a_space_may_come_from_the_command_line(tmp_path):
     assert space.parse(settings.load(str(page), {})) == {"optim.lr": ("log", 1e-5, 1e-3)}
     given = {"sweep.space": '{"lora.r": ["choice", 4, 8]}'}
     assert space.parse(settings.load(str(page), given)) == {"lora.r": ("choice", 4, 8)}
+    with pytest.raises(ConfigError, match=r"sweep\.space lora\.r is 8; try: log"):
+        space.parse(settings.load(str(page), {"sweep.space": '{"lora.r": 8}'}))
 
 
 @given(st.integers(1, 500), st.integers(1, 8), st.sampled_from([1, 2, 4, 8, 16, 32, 64]))

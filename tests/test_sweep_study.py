@@ -330,8 +330,19 @@ def test_damaged_storages(tmp_path):
     opened(tmp_path, "x.journal")
     whole = journal.read_bytes()
     journal.write_bytes(b'{"op_code": 0, "worker' + b"\n" + whole)
-    with pytest.raises(StorageError, match=r"x\.journal"):
+    with pytest.raises(StorageError, match=r"x\.journal: a line of it is damaged"):
         opened(tmp_path, "x.journal")
+
+
+@pytest.mark.parametrize("name", ["notes.journal", "train.log"])
+def test_a_file_that_is_no_journal_stays_as_it_is(tmp_path, name):
+    notes = tmp_path / name
+    notes.write_text("of the last run:\nno end of line")
+    with pytest.raises(ConfigError, match=rf"{name} is no journal of Optuna"):
+        opened(tmp_path, name)
+    assert notes.read_text() == "of the last run:\nno end of line"
+    notes.write_text("")  # such as mktemp makes
+    assert opened(tmp_path, name).claim(SEARCH) is not None
 
 
 def test_a_locked_database_is_an_error_after_the_patience(tmp_path):

@@ -1,5 +1,6 @@
 """The worker's loop with a stand-in engine: no order of faults loses or doubles a result."""
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -277,11 +278,18 @@ def test_a_winner_that_is_no_better_than_the_base_is_not_handed_over(rate):
     loss = base - 0.1 if rate < 1 else base
     best = Record(3, {"optim.lr": rate}, "finished", results=(Result(2, 32, loss, 0.0, 9, 1.0),))
     if rate < 1:
-        winner.require_gain(base, best, [best])
+        winner.require_gain(base, best, [best], 512)
         return
     message = rf"no trial is better than the base model.* {base:.4f}.*trial 3.*below 50,"
     with pytest.raises(NumericsError, match=message):
-        winner.require_gain(base, best, [best])
+        winner.require_gain(base, best, [best], 512)
+    # The base may be worse than that.
+    guess = dataclasses.replace(best, results=(Result(2, 32, 6.2383, 0.0, 9, 1.0),))
+    with pytest.raises(
+        NumericsError, match=r"loss of 6\.2383, that of equal odds for all 512: it k"
+    ):
+        winner.require_gain(16.6, guess, [guess], 512)
+    winner.require_gain(16.6, guess, [guess], 600)
 
 
 def test_what_speaks_against_the_winner_is_said():

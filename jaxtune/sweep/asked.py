@@ -16,7 +16,7 @@ from jaxtune.config import Config, replaced
 from jaxtune.errors import Cancelled, ConfigError, Interrupted
 from jaxtune.hf import files
 from jaxtune.signals import Stop
-from jaxtune.sweep import compiles, live, prior
+from jaxtune.sweep import compiles, live, prior, wording
 from jaxtune.sweep import space as spaces
 from jaxtune.sweep.pace import Pace
 from jaxtune.sweep.records import SEARCH, Record, Summary
@@ -143,6 +143,12 @@ def _check(config: Config, workdir: str | Path) -> None:
             "a sweep compares losses on held-out rows, and there are none",
             fix="data.eval=FILE, or data.eval_fraction=0.1 of the training rows",
         )
+    if config.sweep.max_length > config.data.max_length:
+        raise ConfigError(
+            f"sweep.max_length is {config.sweep.max_length}, more than data.max_length, "
+            f"{config.data.max_length}: rows of the search are the same or shorter",
+            fix="a smaller sweep.max_length, or 0",
+        )
     if config.train.budget:
         raise ConfigError(
             "train.budget is of one training; how long trials take must not decide their schedules",
@@ -171,7 +177,7 @@ def summary(
     return Summary(
         name=sweep.workdir.name,
         model=config.model.path,
-        data=str(config.data.train),
+        data=wording.sources(config.data.train),
         task=config.task,
         space=sweep.space,
         defaults=sweep.own,

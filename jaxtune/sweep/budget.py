@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from jaxtune.budget import Unit, enough, spell
 from jaxtune.errors import ConfigError
-from jaxtune.sweep.halving import survivors
+from jaxtune.sweep.halving import quotas
 
 MOST = 1000  # trials, where only the budget limits them
 _SHARE = 2 / 3  # of the budget for the search, where it takes all there is room for
@@ -34,6 +34,7 @@ class Ask:
     finalists: int  # trials trained to the end
     repeats: int  # seeds that winner and defaults are both trained with, whole
     whole: int = 0  # positions of a training on all data, where rungs see less; 0: they see all
+    most: int = MOST  # different trials that there are
     scored: tuple[float, ...] = ()  # share of the held-out rows for each rung; empty: all
 
     @property
@@ -140,7 +141,8 @@ def plan(
     """The most trials that end inside the budget with the winner trained whole; then the rest.
 
     Repeats are given up first, then trials, then survivors. Where ask.trials is 0 the search takes
-    two thirds of the budget, and more only where the repeats do not need their third.
+    two thirds of the budget; more where the repeats do not need their third, and all of it where
+    that would not pay for one seed of them.
 
     Args:
       budget: in all; None is without limit.
@@ -165,11 +167,14 @@ def plan(
         return found + _walk(again, costs, workers)
 
     least = max(1, _through(done, 0))
-    most = max(least, ask.trials or MOST)
+    most = max(least, min(ask.trials or MOST, ask.most))
     search = room
     if not ask.trials:
         every = _walk([ask.training] * max(0, 2 * ask.repeats - done.repeats), costs, workers)
-        search = max(room - every, min(room, _SHARE * (budget or 0.0) - done.used - costs.close))
+        share = _SHARE * ((budget or 0.0) - costs.close) - done.used
+        search = max(room - every, min(room, share))
+        if not done.repeats and _walk([ask.training] * 2, costs, workers) > room - search:
+            search = room
     fits = cost(_enter(ask, done, least, 1)) <= room
     trials = _largest(least, most, lambda n: cost(_enter(ask, done, n, 1)) <= search)
     enter = _enter(ask, done, trials, 1)
@@ -206,7 +211,7 @@ def describe(
 ) -> str:
     """The plan as a line for people."""
     stages = list(zip(plan.enter, (*ask.rungs, *([ask.whole] if ask.whole else [])), strict=True))
-    text = f"plan: {plan.trials} trials; " + ", ".join(
+    text = f"plan: {plan.trials} trial{'s' * (plan.trials != 1)}; " + ", ".join(
         f"{count} to {positions} micro-batches" for count, positions in stages
     )
     if ask.repeats:
@@ -225,12 +230,12 @@ def _enter(
     ask: Ask, done: Done, trials: int, finalists: int, cap: int | None = None
 ) -> tuple[int, ...]:
     """How many trials each stage takes in, of `trials` in the first; `cap` holds for the others."""
-    enter, last = [trials], len(ask.stages) - 1
-    cap = trials if cap is None else cap
-    for stage in range(1, last + 1):
-        whole = ask.whole and stage == last
-        on = min(enter[-1], finalists) if whole else survivors(enter[-1], ask.eta, finalists)
-        enter.append(max(_through(done, stage), min(on, cap)))
+    usual = quotas(trials, len(ask.rungs), ask.eta, finalists)
+    if ask.whole:
+        usual = (*usual, min(usual[-1], finalists))
+    enter, cap = [trials], trials if cap is None else cap
+    for stage, count in enumerate(usual[1:], 1):
+        enter.append(max(_through(done, stage), min(count, enter[-1], cap)))
     return tuple(enter)
 
 
@@ -272,9 +277,10 @@ def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
 
 def _too_short(budget: float, one: float, close: float, used: float, unit: Unit) -> ConfigError:
     needed = 1.1 * (used + one + close)
+    more = f", to save and export it {spell(close, unit)}" if close else ""
+    more += f", and {spell(used, unit)} are used" if used else ""
     return ConfigError(
         f"a budget of {spell(budget, unit)} is too short for one trial: to train it whole takes "
-        f"{spell(one, unit)}, to save and export it {spell(close, unit)}, and "
-        f"{spell(used, unit)} are used",
+        f"{spell(one, unit)}{more}",
         fix=f"sweep.budget={enough(needed, unit)!r}, or fewer train.epochs",
     )

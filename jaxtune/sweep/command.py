@@ -12,13 +12,14 @@ from jaxtune.config import Config
 from jaxtune.console import say
 from jaxtune.data.packing import digest
 from jaxtune.hf import tokenizer
-from jaxtune.sweep import compiles, ending, halving, prior, winner, worker
+from jaxtune.sweep import compiles, ending, halving, prior, sampling, winner, worker
 from jaxtune.sweep import space as spaces
 from jaxtune.sweep.asked import Sweep, Trained, entered, summary
-from jaxtune.sweep.budget import Ask
+from jaxtune.sweep.budget import MOST, Ask
 from jaxtune.sweep.pace import Pace, measure
 from jaxtune.sweep.records import SEARCH, Job, Record, Role
 from jaxtune.sweep.study import Study, open_study
+from jaxtune.workdir import TRIALS
 
 _SEEDS = 1000  # the seeds of repeats begin so far from the config's own
 
@@ -104,7 +105,7 @@ def _run(sweep: Sweep, trained: Trained, roles: Collection[Role]) -> None:
     setting = worker.Setting(
         trained.engine,
         trained.study,
-        sweep.workdir / ending.TRIALS,
+        sweep.workdir / TRIALS,
         configured,
         trained.scored,
         trained.pace,
@@ -134,17 +135,20 @@ def _begun(sweep: Sweep) -> Trained:
         "eval_data": digest(engine.eval),
         "micro": engine.micro,
     }
-    # Where the budget decides, a first population is measured before it is known how many.
-    trials = asked.trials or engine.widths[0]
-    enter = halving.quotas(trials, len(rungs), asked.eta, asked.finalists)
     first = prior.first_trials(sweep.config, sweep.space, sweep.hidden, sweep.family, sweep.earlier)
+    most = min(MOST, sampling.of(asked.sampler, sweep.space, sweep.config).limit(first))
+    # Where the budget decides, a first population is measured before it is known how many.
+    trials = min(asked.trials or engine.widths[0], int(most))
+    if trials < asked.trials:
+        say(f"sweep.space has {trials} different trials, so there are not {asked.trials}")
+    enter = halving.quotas(trials, len(rungs), asked.eta, asked.finalists)
     study = open_study(
         sweep.config, sweep.workdir, identity, rungs, enter, first,
         space=sweep.space, began=sweep.began,
     )  # fmt: skip
     if sweep.budget is None:
         study.allow(enter)  # also where the sweep was begun with another number
-    pace = _pace(sweep, engine, study, scored)
+    pace = _pace(sweep, engine, study, scored, int(most))
     if sweep.budget is not None and sweep.budget.unit == "seconds":
         measure(engine, pace, engine.config)
     before = sum(len(record.results) for record in study.records())
@@ -173,13 +177,13 @@ def _lengths(sweep: Sweep, engine: Any) -> tuple[int, int]:
     return min(found), max(found)
 
 
-def _pace(sweep: Sweep, engine: Any, study: Study, scored: Sequence[int]) -> Pace:
+def _pace(sweep: Sweep, engine: Any, study: Study, scored: Sequence[int], most: int) -> Pace:
     asked, rungs, whole = sweep.config.sweep, study.rungs, 0
     if sweep.partial:
         shorter = sweep.searched.data.max_length / sweep.config.data.max_length
         whole = round(rungs[-1] / asked.data_fraction / shorter)
     shares = tuple(rows / scored[-1] for rows in scored)
-    ask = Ask(rungs, asked.trials, asked.eta, asked.finalists, asked.repeats, whole, shares)
+    ask = Ask(rungs, asked.trials, asked.eta, asked.finalists, asked.repeats, whole, most, shares)
     return Pace(
         sweep.budget,
         ask,

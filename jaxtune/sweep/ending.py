@@ -16,10 +16,9 @@ from jaxtune.sweep import findings, halving, report, trials, winner
 from jaxtune.sweep import space as spaces
 from jaxtune.sweep.asked import Sweep, Trained, summary
 from jaxtune.sweep.records import SEARCH, Record, Summary
-from jaxtune.workdir import InUse, lock
+from jaxtune.workdir import TRIALS, InUse, lock
 
-TRIALS = "trials"  # folder of the trials' states
-RELOADS = 3.0  # times the way to the first step: the base is loaded to score and to export it
+RELOADS = 1.5  # times the way to the first step: the base is loaded to score and to export it
 _RISE = 0.01  # of the held-out loss towards the end that is worth a word
 _LOCK = ".ending.lock"  # of the worker that ends the sweep
 
@@ -35,8 +34,8 @@ def done(sweep: Sweep) -> dict[str, Any] | None:
 
 
 def _asked(sweep: Sweep) -> str:
-    """A digest of all settings."""
-    text = json.dumps(setup.portable(sweep.config), sort_keys=True)
+    """A digest of all settings and the model's files."""
+    text = json.dumps([setup.portable(sweep.config), sweep.model], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -62,7 +61,7 @@ def _end(sweep: Sweep, trained: Trained) -> dict[str, Any]:
     config = spaces.configured(trained.engine.config, given.params)
     rows = trained.scored[given.results[-1].rung]
     before = winner.base_loss(trained.engine, config, rows)
-    winner.require_gain(before, given, records)
+    winner.require_gain(before, given, records, trained.engine.outcomes)
     number = best.number if best.of is None else best.of
     say(f"the winner is trial {number}, held-out loss {best.loss:.4f}")
     for line in warnings(records, best, trained.scored):

@@ -56,7 +56,7 @@ def learning_curves(summary: Summary) -> "Figure":
                       xycoords=("data", "axes fraction"), textcoords="offset points",
                       fontsize=7.5, ha="center")  # fmt: skip
     axes.set_xlabel("rows trained on (log scale)")
-    axes.set_ylabel("training loss, nats a token")
+    axes.set_ylabel(f"training loss, {wording.unit(summary.task)}")
     axes.xaxis.set_major_formatter(_thousands())
     axes.xaxis.set_minor_formatter(lambda x, _: "")
     _outcomes(axes, curves, best)
@@ -102,7 +102,7 @@ def rungs(summary: Summary) -> "Figure":
     losses.set_xticks(range(1, len(summary.rungs) + 1))
     losses.set_xlim(0.8, len(summary.rungs) + 0.2)
     losses.set_xlabel("rung")
-    losses.set_ylabel("above the rung's best, nats a token")
+    losses.set_ylabel(f"above the rung's best, {wording.unit(summary.task)}")
     losses.set_title("held-out loss")
     _near_the_best(losses, ranked, least)
     _outcomes(bars, ranked, best, loc="lower right")
@@ -153,8 +153,12 @@ def bought(summary: Summary) -> "Figure":
 
 
 @drawn
-def baseline(found: findings.Gain | None) -> "Figure":
-    """Held-out loss of defaults and winner, a point a seed, means with their intervals."""
+def baseline(found: findings.Gain | None, unit: str) -> "Figure":
+    """Held-out loss of defaults and winner, a point a seed, means with their intervals.
+
+    Args:
+      unit: of the losses.
+    """
     if found is None:
         return canvas.message("Defaults and winner cannot be compared: they were not both scored "
                               "after equal training.")  # fmt: skip
@@ -178,7 +182,8 @@ def baseline(found: findings.Gain | None) -> "Figure":
                              for name, losses, _ in sides])  # fmt: skip
     axes.set_ylim(1.6, -0.6)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
-    axes.set_xlabel("held-out loss after a whole training, nats a token")
+    axes.set_xlabel(f"held-out loss after a whole training, {unit}")
+    axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))  # no loss is lower, though an interval may be
     axes.grid(axis="x", color=RULE, linewidth=0.6, zorder=0)
     return figure
 

@@ -74,16 +74,17 @@ def scored(rungs: Sequence[int], micro: int, rows: int) -> tuple[int, ...]:
     return (*(min(rows, max(SCORED, count)) for count in trained), rows)
 
 
-def survivors(count: int, eta: int, finalists: int) -> int:
-    """How many of a rung's trials go on to the next."""
-    return min(count, max(finalists, count // eta))
-
-
 def quotas(trials: int, rungs: int, eta: int, finalists: int) -> tuple[int, ...]:
-    """How many trials may enter each rung."""
-    found = [trials]
-    while len(found) < rungs:
-        found.append(survivors(found[-1], eta, finalists))
+    """How many trials may enter each rung: one in eta, but at least `finalists`.
+
+    Places that the last rung has more by that are taken from the rung before, which pays for them.
+    """
+    usual = [trials]
+    while len(usual) < rungs:
+        usual.append(max(1, usual[-1] // eta))
+    found = [max(count, min(trials, finalists)) for count in usual]
+    if rungs > 2:
+        found[-2] = max(found[-1], found[-2] - (found[-1] - usual[-1]))
     return tuple(found)
 
 

@@ -1,5 +1,6 @@
 """Pictures of the space that a sweep searched: which keys mattered, and where good trials lie."""
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ def parallel(summary: Summary) -> "Figure":
         for height, label in ticks:
             axes.annotate(label, (at, height), (4, 0), textcoords="offset points", fontsize=7.5,
                           color=INK, va="center", zorder=8, bbox=_halo())  # fmt: skip
-    axes.set_xticks(range(len(scales) + 1), [*scales, "place"])
+    names = [*wording.heads(scales).values(), "place"]
+    axes.set_xticks(range(len(names)), names, **_slant(names))
     axes.set_xlim(-0.1, len(scales) + 0.3)
     axes.set_ylim(-0.05, 1.05)
     axes.tick_params(length=0, labelcolor=INK)
@@ -125,6 +127,14 @@ def _scale(domain: tuple[Any, ...], values: list[Any]):
     )
 
 
+def _slant(names: list[str]) -> dict[str, Any]:
+    """Style of the axes' names: at an angle where two that are level would meet."""
+    room = 72 * canvas.WIDTH / len(names) / 5  # characters of the ticks' size, with a gap
+    if all((len(a) + len(b)) / 2 < room for a, b in itertools.pairwise(names)):
+        return {}
+    return {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+
+
 def _place_ticks(count: int) -> list[tuple[float, str]]:
     return [(1.0, "1st"), (0.0, wording.ordinal(count))]
 
@@ -149,7 +159,7 @@ def _heights(
     With one key there is no second: the loss at the first rung goes up instead.
     """
     if not up:
-        axes.set_ylabel("held-out loss at rung 1, nats a token")
+        axes.set_ylabel(f"held-out loss at rung 1, {wording.unit(summary.task)}")
         canvas.keep_in_view(axes, list(first.values()))
         return first
     scale, ticks = _scale(summary.space[up], [record.params[up] for record in ranked])

@@ -7,8 +7,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import get_args
+from typing import Any, NamedTuple, get_args
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -20,6 +21,7 @@ from jaxtune.sweep.records import Record, Status, Summary
 
 BLOCKS, PLAIN_BLOCKS = "▁▂▃▄▅▆▇█", "_.-:=+*#"  # the second where the terminal has ASCII only
 SPARK = 16  # characters of a sparkline
+LONGEST = 24  # characters of a value: lists of modules or layers can be far longer
 _MOST = 1e30  # a loss beyond that is as good as infinite
 RATE_SECONDS = 60.0  # tokens/s are of the last minute
 QUIET_SECONDS = 60.0  # a file or pipe hears how things stand after so long without an event
@@ -57,7 +59,8 @@ def table() -> Iterator[Callable[..., None]]:
         def draw(summary: Summary, running: Sequence[Record] = ()) -> None:
             summary = _newer(summary, running)
             room = max(3, stderr.size.height - 8)  # a table taller than the terminal would scroll
-            live.update(render(summary, rate(summary), room=room, blocks=blocks))
+            width = stderr.size.width
+            live.update(render(summary, rate(summary), room=room, width=width, blocks=blocks))
 
         yield draw
 
@@ -84,39 +87,100 @@ class Rate:
 
 
 def render(
-    summary: Summary, rate: float = 0.0, *, room: int = 40, blocks: str = BLOCKS
+    summary: Summary,
+    rate: float = 0.0,
+    *,
+    room: int = 40,
+    width: int = 200,
+    blocks: str = BLOCKS,
 ) -> RenderableType:
     """The table of running trials, under it how the sweep stands.
 
     Args:
       rate: tokens a second.
       room: rows at most; the trials that are furthest come first.
+      width: characters of a line; where values need them, the curve and training losses go first.
       blocks: eight characters of a sparkline, lowest first.
     """
-    keys = list(summary.space)
-    shown = Table(box=None, pad_edge=False, header_style="bold", expand=False)
-    shown.add_column("trial", justify="right", no_wrap=True)
-    for key in keys:
-        shown.add_column(Text(key.rpartition(".")[2]), justify="right")
-    shown.add_column("rung", justify="right", no_wrap=True)
-    shown.add_column("done", justify="right", no_wrap=True)
-    shown.add_column("training", justify="right", no_wrap=True)
-    shown.add_column("held out", justify="right", no_wrap=True)
-    shown.add_column("curve", no_wrap=True, min_width=SPARK)
     running = [record for record in summary.records if record.status == "running"]
     running.sort(key=lambda record: (-position(record), record.number))
-    for record in running[:room]:
-        shown.add_row(
-            str(record.number),
-            *(Text(wording.value(record.params.get(key, "-"))) for key in keys),
-            f"{_rung(record, summary)}/{len(summary.rungs)}",
-            f"{_part(position(record), summary.rungs[-1]):.0%}",
-            wording.loss(record.curve[-1][1] if record.curve else None),
-            wording.loss(record.loss),
-            Text(sparkline([loss for _, loss in record.curve], blocks), style="cyan"),
-        )
-    more = [Text(f"and {len(running) - room} more", style="dim")] if len(running) > room else []
-    return Group(shown, *more, Text(standing(summary, rate), style="bold"), Text(_best(summary)))
+    rows, keys = running[:room], list(summary.space)
+    ways = [
+        _Way(keys, gap=2),
+        *(_Way(keys, spark=spark) for spark in (SPARK, SPARK // 2, 0)),
+        _Way(keys, spark=0, training=False),
+        *(_Way(keys[:n], 0, training=False, cut=True) for n in range(len(keys), -1, -1)),
+    ]
+    drawn = ((way, _columns(summary, rows, way, blocks)) for way in ways)
+    way, columns = next((w, c) for w, c in drawn if w is ways[-1] or _width(c, w.gap) <= width)
+    shown = Table(box=None, padding=(0, way.gap, 0, 0), pad_edge=False, header_style="bold")
+    for column in columns:
+        left = column.head == "curve"
+        shown.add_column(Text(column.head), justify="left" if left else "right", no_wrap=True,
+                         style="cyan" if left else "")  # fmt: skip
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        shown.add_row(*map(Text, cells))
+    more = [f"and {len(running) - room} more"] if len(running) > room else []
+    if len(way.keys) < len(keys):
+        more.append(f"no room for {', '.join(keys[len(way.keys) :])}")
+    under = [Text(line, style="dim") for line in more]
+    under += [Text(standing(summary, rate), style="bold"), Text(_best(summary))]
+    for line in under:  # of more than the width they go on in the next line
+        line.no_wrap, line.overflow = False, "fold"
+    return Group(shown, *under)
+
+
+class _Way(NamedTuple):
+    """What a table has room for."""
+
+    keys: list[str]
+    spark: int = SPARK  # characters of the curve; 0 for none
+    training: bool = True  # the training loss
+    cut: bool = False  # heads of keys no wider than their values
+    gap: int = 1  # between columns
+
+
+class _Column(NamedTuple):
+    head: str
+    cells: list[str]
+
+
+def _width(columns: Sequence[_Column], gap: int) -> int:
+    widths = [max(map(cell_len, (column.head, *column.cells))) for column in columns]
+    return sum(widths) + gap * (len(widths) - 1)
+
+
+def _columns(summary: Summary, rows: Sequence[Record], way: _Way, blocks: str) -> list[_Column]:
+    heads = wording.heads(summary.space)
+    columns = [_Column("trial", [_name(record) for record in rows])]
+    for key in way.keys:
+        cells = [_value(record.params.get(key, "-")) for record in rows]
+        most = max(4, *map(cell_len, cells)) if way.cut and cells else len(heads[key])
+        columns.append(_Column(_shortened(heads[key], most), cells))
+    columns += [
+        _Column("rung", [f"{_rung(r, summary)}/{len(summary.rungs)}" for r in rows]),
+        _Column("done", [f"{_part(position(r), summary.rungs[-1]):.0%}" for r in rows]),
+        _Column("training", [wording.loss(r.curve[-1][1] if r.curve else None) for r in rows]),
+        _Column("held out", [wording.loss(r.loss) for r in rows]),
+        _Column("curve", [sparkline([y for _, y in r.curve], blocks, way.spark) for r in rows]),
+    ]
+    hidden = {"training": not way.training, "curve": not way.spark}
+    return [column for column in columns if not hidden.get(column.head)]
+
+
+def _name(record: Record) -> str:
+    """Its number, and whose training it does again."""
+    again = {"repeat": record.repeats, "final": f"trial {record.of}"}.get(record.role)
+    return f"{record.number}, {again} again" if again else str(record.number)
+
+
+def _value(of: Any) -> str:
+    """As `wording.value`; long lists are cut, numbers never are."""
+    return _shortened(wording.value(of), LONGEST)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if cell_len(text) <= most else f"{set_cell_size(text, most - 1)}…"
 
 
 def standing(summary: Summary, rate: float) -> str:

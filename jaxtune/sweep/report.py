@@ -60,7 +60,7 @@ def write(summary: Summary, drawn: Pictures, folder: Path) -> list[Path]:
 def draw(summary: Summary, found: findings.Importances) -> "dict[str, Figure]":
     """{name: figure}"""
     return {
-        "baseline": figures.baseline(findings.gain(summary)),
+        "baseline": figures.baseline(findings.gain(summary), wording.unit(summary.task)),
         "importances": landscape.importances(found),
         "lr_map": landscape.lr_map(summary, found),
         "learning_curves": figures.learning_curves(summary),
@@ -165,7 +165,8 @@ def _support(summary: Summary, gain: Gain | None) -> str:
     ours, theirs = (math.fsum(x) / len(x) for x in (gain.winner, gain.defaults))
     word = "below" if gain.difference >= 0 else "above"
     text = (
-        f"Held-out loss {wording.loss(ours)} against {wording.loss(theirs)} nats a token: "
+        f"Held-out loss {wording.loss(ours)} against {wording.loss(theirs)} "
+        f"{wording.unit(summary.task)}: "
         f"{abs(gain.difference):.4f} ({abs(gain.difference) / theirs:.2%}) {word} the defaults"
     )
     if gain.verdict == "unknown":
@@ -355,9 +356,14 @@ def _trials(summary: Summary, best: Record | None) -> str:
 def _row(record: Record, place: int | None, summary: Summary, won: bool) -> str:
     at = {result.rung: result for result in record.results}
     outcome = "winner" if won else record.status
-    role = {"repeat": f"repeat of the {record.repeats}", "final": f"trial {record.of} once more, "
-            "on everything"}.get(record.role, record.role)  # fmt: skip
-    why = "; ".join(filter(None, ("" if record.role == "search" else role, record.why)))
+    role = {
+        "search": "",
+        "baseline": "defaults",
+        "repeat": f"repeat of the {record.repeats}",
+        "final": f"trial {record.of} once more, on everything",
+    }.get(record.role, record.role)
+    said = record.why.startswith(role)  # as the first trials do of themselves
+    why = record.why if said else "; ".join(filter(None, (role, record.why)))
     cells = [
         _cell(record.number, str(record.number)),
         _cell(place, str(place) if place else "-"),

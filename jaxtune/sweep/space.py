@@ -22,6 +22,12 @@ if typing.TYPE_CHECKING:
 Space = dict[str, tuple[Any, ...]]
 
 _NUMBERS = {int, float}
+_AXES = "log(low, high), uniform(low, high) or choice(a, b, ...)"
+# What other trainers call the settings that can vary.
+_USUAL = {
+    "learning_rate": "lr", "wd": "weight_decay", "rank": "r", "batch": "batch_size",
+    "num_train_epochs": "epochs", "max_steps": "steps", "max_grad_norm": "clip_norm",
+}  # fmt: skip
 
 
 def parse(config: Config) -> Space:
@@ -39,9 +45,7 @@ def parse(config: Config) -> Space:
         elif kind in ("log", "uniform"):
             space[key] = (kind, *_bounds(key, kind, values, config))
         else:
-            raise ConfigError(
-                f"sweep.space {key} is {kind!r}", fix="log(...), uniform(...) or choice(...)"
-            )
+            raise ConfigError(f"sweep.space {key} is {(kind, *values)!r}", fix=_AXES)
     if "train.epochs" in space and (config.train.steps or "train.steps" in space):
         raise ConfigError(
             "sweep.space varies train.epochs, which train.steps overrides", fix="train.steps = 0"
@@ -53,21 +57,23 @@ def parse(config: Config) -> Space:
 def _pairs(config: Config) -> list[tuple[str, tuple[Any, ...]]]:
     found: list[tuple[str, tuple[Any, ...]]] = []
     for key, axis in config.sweep.space:
-        if not axis:
-            raise ConfigError(f"sweep.space {key} is empty", fix="choice(...) of some values")
+        if not isinstance(axis, (tuple, list)) or not axis:
+            raise ConfigError(f"sweep.space {key} is {axis!r}", fix=_AXES)
         if key in dict(found):
             raise ConfigError(f"sweep.space has {key} twice", fix="one line for it")
-        found.append((key, axis))
+        found.append((key, tuple(axis)))
     return found
 
 
 def _check_key(key: str, config: Config) -> None:
     known = settings.dotted(Config().to_dict())
     if key not in known:
-        same = [k for k in VARIES if k.split(".")[-1] == key.split(".")[-1]]
-        close = same or difflib.get_close_matches(key, VARIES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(VARIES)}"
-        raise ConfigError(f"sweep.space has an unknown config key {key!r}", fix=hint)
+        close = _closest(key)
+        hint = f"did you mean {close}? " if close else ""
+        raise ConfigError(
+            f"sweep.space has an unknown config key {key!r}",
+            fix=f"{hint}one of {', '.join(VARIES)}",
+        )
     if key not in VARIES:
         raise ConfigError(
             f"sweep.space has {key}, which cannot vary within a sweep",
@@ -78,6 +84,17 @@ def _check_key(key: str, config: Config) -> None:
             f"sweep.space has {key}, but lora.r = 0 is full fine-tuning",
             fix=f"lora.r above 0, or one of {', '.join(k for k in VARIES if k[:5] != 'lora.')}",
         )
+
+
+def _closest(key: str) -> str:
+    """The key that can vary whose last part is most like this one's; empty where none is."""
+    names = {k.split(".")[-1]: k for k in VARIES}
+    names |= {usual: names[own] for usual, own in _USUAL.items()}
+    last = key.split(".")[-1].lower()
+    # "lora_alpha", "warmup_ratio" and "per_device_train_batch_size" have a name as a part.
+    parts = [name for name in names if len(name) > 2 and f"_{name}_" in f"_{last}_"]
+    close = [max(parts, key=len)] if parts else difflib.get_close_matches(last, names, n=1)
+    return names[last] if last in names else names[close[0]] if close else ""
 
 
 def _annotation(key: str) -> Any:
@@ -102,10 +119,15 @@ def _bounds(key: str, kind: str, values: list[Any], config: Config) -> tuple[Any
     if not kinds & _NUMBERS or key == "train.batch_size":
         # Trials share micro-batches of the largest number of rows that divides all batch sizes.
         raise ConfigError(f"sweep.space {key} is a range", fix=f"choice(...) of values of {key}")
-    numbers = len(values) == 2 and all(type(value) in _NUMBERS for value in values)
-    if not numbers or not all(math.isfinite(value) for value in values):
+    wrong = [f"{v!r} is no number" for v in values if type(v) not in _NUMBERS]
+    wrong += [f"{v} is not finite" for v in values if type(v) is float and not math.isfinite(v)]
+    if len(values) != 2:
+        wrong = [f"a range has two ends, not {len(values)}"]
+    if wrong:
         spelled = f"{kind}({', '.join(map(repr, values))})"
-        raise ConfigError(f"sweep.space {key} is {spelled}", fix=f"{kind}(low, high)")
+        raise ConfigError(
+            f"sweep.space {key} is {spelled}: {', '.join(wrong)}", fix=f"{kind}(low, high)"
+        )
     if any(type(value) is float for value in values) and float in kinds:
         values = [float(value) for value in values]
     low, high = (_checked(key, value, config) for value in values)
@@ -124,8 +146,13 @@ def _checked(key: str, value: Any, config: Config) -> Any:
     """The value as the config would have it. Raises ConfigError where it would not."""
     if type(value) is float and not math.isfinite(value):
         raise ConfigError(f"sweep.space {key} has {value}", fix="a finite number")
-    if value is None or (key == "lora.r" and value == 0):
-        raise ConfigError(f"sweep.space {key} has {value}", fix="values of one number or more")
+    if value is None and key == "optim.lr":
+        raise ConfigError(f"sweep.space {key} has None, which is no number", fix="numbers only")
+    if key == "lora.r" and isinstance(value, (int, float)) and value <= 0:
+        raise ConfigError(
+            f"sweep.space {key} has {value}: adapters have a rank of 1 or more",
+            fix="ranks from 1; full fine-tuning, lora.r = 0, is a sweep of its own",
+        )
     try:
         trial = configured(config, {key: value})
     except ConfigError as error:

@@ -22,6 +22,7 @@ if typing.TYPE_CHECKING:
 
 PATIENCE = 30.0  # seconds to wait for others' locks
 _JOURNAL = (".journal", ".log")
+_LINE = b'{"op_code":'  # how a journal's lines begin
 
 
 def resolve(text: str, folder: Path) -> str:
@@ -93,6 +94,7 @@ class Store:
             backend = journal.JournalFileBackend(str(self._path), lock)
             lock.acquire()
             try:
+                _require_journal(self._path)
                 _mend(self._path)
             finally:
                 lock.release()
@@ -182,6 +184,8 @@ class Store:
         cause: Any = error.__cause__ or error
         text = str(getattr(cause, "orig", None) or cause).strip().partition("\n")[0]
         fix = "another sweep.storage, or mend this one"
+        if isinstance(cause, json.JSONDecodeError):
+            text = f"a line of it is damaged ({text})"
         if "locked" in text:
             fix = "end what holds it, or wait for that"
         elif isinstance(error, ImportError):
@@ -216,6 +220,17 @@ def _hidden(url: str) -> str:
             f"sweep.storage {url!r} is no database URL",
             fix="postgresql://user@host/name, or a path that ends in .db or .journal",
         ) from error
+
+
+def _require_journal(path: Path) -> None:
+    """Raises ConfigError for a file that is something else: not to be mended, nor added to."""
+    with path.open("rb") as file:
+        head = file.read(len(_LINE))
+    if head != _LINE[: len(head)]:
+        raise ConfigError(
+            f"sweep.storage {path} is no journal of Optuna",
+            fix="a path where there is no file yet, or an Optuna journal",
+        )
 
 
 def _mend(path: Path) -> None:

@@ -21,6 +21,8 @@ from jaxtune.sweep.space import Space
 from jaxtune.workdir import fingerprint_of
 
 BEST, EXPORT, PAGE, RESULT = "best", "export", "best.py", "result.json"  # in a workdir
+_HIGHEST = 0.01  # learning rate that is worth a try where all were too high
+_EVEN = 1e-3  # relative, to the loss of equal odds
 _NEAR = 2e-3  # relative: two programs that compute the same loss in 16 bits
 
 
@@ -66,11 +68,22 @@ def base_loss(engine: Any, config: Config, rows: int) -> float:
     return engine.evaluate(slots, rows)[0].loss
 
 
-def require_gain(base: float, best: Record, records: Sequence[Record]) -> None:
-    """Raises NumericsError where the base predicts the held-out rows as well as the best trial.
+def require_gain(base: float, best: Record, records: Sequence[Record], outcomes: int) -> None:
+    """Raises NumericsError where the base or blind guessing is as good as the best trial.
 
     Losses that ran away may settle on a plateau, and then look as if they had not diverged.
+
+    Args:
+      base: held-out loss of the base model.
+      outcomes: what a prediction chooses from.
     """
+    even = math.log(outcomes)
+    if best.loss is not None and math.isclose(best.loss, even, rel_tol=_EVEN):
+        raise NumericsError(
+            f"the best is trial {best.number} with a held-out loss of {best.loss:.4f}, that of "
+            f"equal odds for all {outcomes}: it knows nothing",
+            fix=_lower(records),
+        )
     if best.loss is None or best.loss < base:
         return
     raise NumericsError(
@@ -91,10 +104,11 @@ def _lower(records: Sequence[Record]) -> str:
         r.params["optim.lr"] for r in records if r.role in SEARCH and "optim.lr" in r.params
     )
     if not rates:
-        return "a lower optim.lr, or model.dtype=float32"
+        return "a lower optim.lr, or model.dtype=float32, in another --workdir"
+    high = min(rates[0] / 3, _HIGHEST)
     return (
         f"sweep.space optim.lr below {rates[0]:.3g}, the smallest that was tried: "
-        f"log({rates[0] / 100:.1g}, {rates[0] / 3:.1g})"
+        f"log({high / 100:.1g}, {high:.1g}) in another --workdir"
     )
 
 

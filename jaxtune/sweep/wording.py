@@ -1,7 +1,8 @@
 """How a sweep's values, times and amounts are written for people."""
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -23,8 +24,26 @@ def params(of: dict[str, Any], keys: Iterable[str] = ()) -> str:
     return " ".join(f"{key}={value(of[key])}" for key in (tuple(keys) or of) if key in of)
 
 
+def heads(keys: Iterable[str]) -> dict[str, str]:
+    """{"lora.r": "r"}: each key's last part, or the whole key where two have the same."""
+    last = {key: key.rpartition(".")[2] for key in keys}
+    count = Counter(last.values())
+    return {key: name if count[name] == 1 else key for key, name in last.items()}
+
+
+def sources(of: str | Iterable[Any]) -> str:
+    """What `data.train` names, ({"path": "a.tsv", "weight": 2}, "b") -> "a.tsv, b"."""
+    entries = (of,) if isinstance(of, str) else of
+    return ", ".join(str(e.get("path", e) if isinstance(e, Mapping) else e) for e in entries)
+
+
+def unit(task: str) -> str:
+    """Of a loss."""
+    return "nats a row" if task == "classify" else "nats a token"
+
+
 def loss(of: float | None) -> str:
-    """Nats a token with four digits after the point; a dash where there is none."""
+    """Nats with four digits after the point; a dash where there is none."""
     if of is None:
         return "-"
     return f"{of:.4f}" if math.isfinite(of) else "not finite"

@@ -106,6 +106,7 @@ def work(setting: Setting, roles: Collection[Role]) -> None:
                 elif study.done(roles):
                     return
                 else:
+                    population.say_waiting()
                     _wait(ASK_SECONDS, stop)
             population.leave()
         except BaseException:
@@ -129,6 +130,7 @@ class _Population:
         self._asked = -math.inf  # when the study had nothing for us
         self._shown = -math.inf
         self._kept = time.monotonic()
+        self._waiting = False
 
     @property
     def live(self) -> list[tuple[int, Trial]]:
@@ -148,6 +150,7 @@ class _Population:
                 self._asked = time.monotonic()
                 break
             self._claimed.append(job.number)
+            self._waiting = False
             jobs.append(job)
         if not live and not jobs:
             return
@@ -357,6 +360,13 @@ class _Population:
             else record
             for record in self._records
         ]
+
+    def say_waiting(self) -> None:
+        """Says, once until there is work again, who has what is left."""
+        if not self._waiting:
+            self._waiting = True
+            owners = {r.owner for r in self._study.records() if r.status == "running"}
+            say(f"waiting for {', '.join(sorted(owners)) or 'other workers'}")
 
     def leave(self) -> None:
         """Saves the trials where they are and gives them back."""
