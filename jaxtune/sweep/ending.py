@@ -110,7 +110,7 @@ def warnings(records: Sequence[Record], best: Record, scored: Sequence[int]) -> 
             f"by heart; search with about {least.position / last.position:.0%} of the steps"
         )
     if winner.outdone(records) is not None:
-        theirs, ours = (statistics.fmean(winner.again(records)[n]) for n in ("defaults", "winner"))
+        ours, theirs = map(statistics.fmean, winner.again(records).values())
         found.append(
             f"with other seeds the defaults are better, {theirs:.4f} against {ours:.4f} in the "
             "mean: they are handed over, not the winner"

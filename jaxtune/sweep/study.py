@@ -67,8 +67,9 @@ def open_study(
         made = {"storage": store.storage, "study_name": folder.name or "sweep"}
         study = optuna.create_study(**made, load_if_exists=True)
         session = sessions.Session(study, lease, began)
+        begun = "identity" in study.user_attrs
         # What was refused before its first trial, a budget too short say, binds nobody.
-        if store.storage.get_n_trials(study._study_id) == 0 and session.count() == 0:
+        if begun and not store.storage.get_n_trials(study._study_id) and not session.count():
             optuna.delete_study(**made)
             study = optuna.create_study(**made)
             session = sessions.Session(study, lease, began)
@@ -76,8 +77,8 @@ def open_study(
         if "identity" in saved:
             identities.check_same(saved["identity"], now, store.name)
         else:  # new, or whoever made it was killed before it got further
-            begun = () if config.sweep.sampler == "grid" else first
-            study.set_user_attr("first", [attributes.plain(one) for one in begun])
+            given = () if config.sweep.sampler == "grid" else first
+            study.set_user_attr("first", [attributes.plain(one) for one in given])
             study.set_user_attr("enter", list(enter))
             study.set_user_attr("started", time.time())
             study.set_user_attr("identity", now)
