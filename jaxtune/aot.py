@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxtune import assemble, estimate, setup
+from jaxtune import assemble, cores, estimate, setup
 from jaxtune.assemble import Assembly
 from jaxtune.config import Config, replaced
 from jaxtune.console import say
@@ -286,16 +286,22 @@ def remat_candidates(config: Config, assembly: Assembly, mesh: Mesh) -> Iterator
     """What model.remat=auto may be, from the fastest on, without those that cannot fit."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     policies = [policy for policy in REMAT if not (on_cpu and policy == "offload")]
-    available = cpu_share() if on_cpu else memory_of(own_device(mesh))
+    there = 0 if on_cpu else memory_of(own_device(mesh))
     program = setup.program(config, assembly, steps=1)
     for policy in policies:
         candidate = replaced(config, {"model.remat": policy})
         least = estimate.memory(candidate, assembly, program, mesh)
+        available = cpu_share(least.base) if on_cpu else there
         if policy == policies[-1] or least.arguments + least.saved <= (available or math.inf):
             yield candidate
 
 
-def cpu_share() -> int:
-    """Bytes that training may take of this machine's memory for each of its CPU devices."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine // (4 * jax.local_device_count())
+def cpu_share(base: int) -> int:
+    """Bytes that training may take of this machine's memory for each of its CPU devices.
+
+    Args:
+      base: bytes of the frozen weights of one, which are the same pages where cores are devices.
+    """
+    usable = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    common = base if cores.count() > 1 else 0
+    return common + (usable - common) // jax.local_device_count()

@@ -129,9 +129,10 @@ def _config(args: argparse.Namespace, overrides: dict[str, str]):
 
 def _train(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
     config = _config(args, overrides)
-    from jaxtune import heap
+    from jaxtune import cores, heap
 
-    heap.keep_freed()  # before jax starts its threads
+    cores.share(config)  # both before jax starts its threads
+    heap.keep_freed()
     heap.pause_collector()
     from jaxtune.console import say
     from jaxtune.train import fit
@@ -147,9 +148,11 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any
 def _sweep(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
     budget = {} if args.budget is None else {"sweep.budget": args.budget}
     config = _config(args, overrides | budget)
-    from jaxtune import heap
+    from jaxtune import cores, heap
 
-    heap.keep_freed()  # before jax starts its threads
+    if not args.ray:  # whose nodes do it for themselves
+        cores.share(config, search=True)  # both before jax starts its threads
+    heap.keep_freed()
     from jaxtune.console import say
 
     if args.ray:

@@ -3,7 +3,7 @@
     TPU   LIBTPU_INIT_ARGS, from a table by generation; the same as compiler_options where a program
           is compiled for chips that are elsewhere (jaxtune plan)
     GPU   memory fraction and optimization level
-    CPU   dispatch
+    CPU   dispatch; how many devices it is: cores.py
 
 A variable that is set already stays, and so does a flag that is named in LIBTPU_INIT_ARGS.
 """
@@ -78,6 +78,12 @@ def tpu_chips(devices: Path = Path("/sys/bus/pci/devices")) -> Chips:
 def has_gpu() -> bool:
     """Whether a GPU is to be seen; starts nothing."""
     return any(Path(path).exists() for path in _GPUS)
+
+
+def on_processor(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether jax will compute on this machine's processor; starts nothing."""
+    chosen = environment.get("JAX_PLATFORMS", "").partition(",")[0]
+    return chosen == "cpu" or not (chosen or tpu_chips().count or has_gpu())
 
 
 def compiler_options(device_kind: str) -> dict[str, str]:

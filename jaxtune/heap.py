@@ -3,11 +3,11 @@
 import ctypes
 import gc
 import os
-from pathlib import Path
+
+from jaxtune import flags
 
 # From malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_ACCELERATORS = ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*")  # device files of TPUs and GPUs
 
 
 def keep_freed() -> bool:
@@ -19,10 +19,7 @@ def keep_freed() -> bool:
 
     Returns whether it is so: not beside an accelerator, nor without glibc.
     """
-    devices = Path("/dev")
-    if os.environ.get("JAX_PLATFORMS") != "cpu" and any(
-        next(devices.glob(pattern), None) for pattern in _ACCELERATORS
-    ):
+    if not flags.on_processor():
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:

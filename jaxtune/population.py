@@ -210,7 +210,7 @@ def fits(layout: Layout, width: int, length: int) -> bool:
     wide = _as_batch(layout.config, width * layout.micro)
     need = estimate.memory(wide, layout.assembly, layout.program, layout.mesh)
     own = width * (2 * need.adapters + need.optimizer)
-    return own + need.base + need.saved + need.working <= aot.cpu_share()
+    return own + need.base + need.saved + need.working <= aot.cpu_share(need.base)
 
 
 def _as_batch(config: Config, rows: int) -> Config:

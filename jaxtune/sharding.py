@@ -1,5 +1,6 @@
 """Where arrays live: a mesh from the config, and one table from logical axes to mesh axes."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtune import cores
 from jaxtune.config import MeshConfig
 from jaxtune.errors import ConfigError
 
@@ -32,11 +34,14 @@ _LOGICAL = {
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh with the axes AXES; one may be -1 and takes the remaining devices.
 
+    Where the cores are the devices, they are copies unless the config says otherwise.
     Neighbours on a TPU's torus are neighbours in the mesh; slices are joined by the slower network.
 
     Raises:
       ConfigError: sizes that do not fill the devices.
     """
+    if devices is None and cores.count() > 1 and config == MeshConfig():
+        config = dataclasses.replace(config, data=-1, fsdp=1)
     devices = list(jax.devices() if devices is None else devices)
     sizes = {name: getattr(config, name) for name in AXES}
     found = len({getattr(d, "slice_index", 0) for d in devices})

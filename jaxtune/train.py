@@ -15,7 +15,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jaxtune
-from jaxtune import aot, assemble, bucket, checkpoint, heap, metrics, optim, pods, setup, sharding
+from jaxtune import (
+    aot,
+    assemble,
+    bucket,
+    checkpoint,
+    cores,
+    heap,
+    metrics,
+    optim,
+    pods,
+    setup,
+    sharding,
+)
 from jaxtune.assemble import Assembly
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
@@ -252,7 +264,7 @@ def _begin(ready: Ready, workdir: Any, stop: Stop, clock: Callable[[], float]) -
         progress=ready.progress,
         clock=clock,
         trained=meter.seconds,
-        devices=ready.mesh.size,
+        devices=ready.mesh.size // cores.count(),
     )
     return _Run(ready, ready.state, stop, desk, writer, meter, deadline)
 
@@ -402,11 +414,17 @@ def _say_size(config: Config, assembly: Assembly, steps: int, mesh: Mesh) -> Non
     say(
         f"{method}: training {count[True]:,} of {count[True] + count[False]:,} parameters "
         f"({share:.2%}), {steps} steps of {config.train.batch_size} rows, peak learning rate "
-        f"{optim.peak_lr(config):g}, on {mesh.size} {mesh.devices.flat[0].device_kind} device(s)"
+        f"{optim.peak_lr(config):g}, on {_devices(mesh)}"
     )
     trained = [path for path in assembly.trained if re.match(r"layers\..*\.kernel$", path)]
     if assembly.quantized and trained:
         say(f"not {config.model.quantize}, since they are trained in full: {', '.join(trained)}")
+
+
+def _devices(mesh: Mesh) -> str:
+    if cores.count() > 1:
+        return f"{cores.count()} cores"
+    return f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s)"
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

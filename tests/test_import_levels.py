@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1] / "jaxtune"
 # The architecture of docs/design.md. A folder's level holds for all of its files.
 LEVELS = {
     "errors": 0, "budget": 0, "config": 0, "tree": 0, "sharding": 0, "console": 0, "digest": 0,
-    "flags": 0, "heap": 0,
+    "flags": 0, "heap": 0, "cores": 0,
     "kernels": 1, "signals": 1, "bucket": 1,
     "models": 2, "data": 2, "pods": 2,
     "lora": 3, "optim": 3, "objectives": 3, "hf": 3,
@@ -23,7 +23,7 @@ LEVELS = {
 }  # fmt: skip
 # Level 0 modules build on each other in this order.
 GROUND = [
-    "errors", "budget", "config", "console", "tree", "sharding", "digest", "flags", "heap",
+    "errors", "budget", "config", "console", "tree", "flags", "heap", "cores", "sharding", "digest",
 ]  # fmt: skip
 
 

@@ -242,7 +242,7 @@ def test_auto_on_a_cpu_keeps_what_the_machine_has_room_for(folder, monkeypatch):
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     automatic = _config(folder, **{"model.remat": "auto"})
     assert _resolved(automatic, mesh) == "none"
-    monkeypatch.setattr(aot, "cpu_share", lambda: 1)
+    monkeypatch.setattr(aot, "cpu_share", lambda base: 1)
     assert _resolved(automatic, mesh) == "full"
     fixed = _config(folder, **{"model.remat": "attention"})
     assert _resolved(fixed, mesh) == "attention"

@@ -138,7 +138,7 @@ def chunk_tokens(vocab: int) -> int:
 def _chunks(vocab: int) -> tuple[int, ...]:
     """Tokens of a chunk; then, where fewer are left, of smaller ones."""
     if platform() == "cpu":
-        return 512, 64
+        return (128,)
     # On a TPU 64 MB of logits stay in the vector memory, so only the head itself is read. Below
     # about 560 tokens that reading, and not the product, would take the time (v6e).
     return (1024,) if 1024 * vocab * 4 <= 2**26 else (512,)

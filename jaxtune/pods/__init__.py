@@ -85,8 +85,7 @@ def _keep_stdout() -> None:
 
     It has no setting for it. What C and C++ write to stdout is dropped, what Python writes is not.
     """
-    chosen = os.environ.get("JAX_PLATFORMS", "").partition(",")[0]
-    if chosen not in ("", "cpu") or (not chosen and (flags.tpu_chips().count or flags.has_gpu())):
+    if not flags.on_processor():
         return  # NCCL_DEBUG writes to stdout too, and somebody has asked for it
     sys.stdout.flush()
     kept = os.dup(1)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtune import assemble, bucket
+from jaxtune import assemble, bucket, cores
 from jaxtune import budget as budgets
 from jaxtune.budget import Budget
 from jaxtune.config import Config, replaced
@@ -108,7 +108,8 @@ def entered(
     path = Path(workdir).expanduser().absolute()
     folder = files.resolve(config.model.path)
     family, model = assemble.describe(config, folder)
-    space = prior.space_of(config, model.hidden_size, family.label, jax.device_count())
+    chips = jax.device_count() // cores.count()
+    space = prior.space_of(config, model.hidden_size, family.label, chips)
     budget = budgets.parse(config.sweep.budget, "sweep.budget")
     if budget is None and not config.sweep.trials:
         raise ConfigError("sweep.trials is 0, and there is no sweep.budget", fix="either of them")
@@ -124,7 +125,7 @@ def entered(
             model=fingerprint,
             earlier=earlier,
             workdir=path,
-            budget=budget and budget.on(jax.device_count()),
+            budget=budget and budget.on(chips),
             began=began,
             stop=stop,
             show=show,

@@ -241,9 +241,10 @@ def _look(workdir: str) -> tuple[str, str]:
 
 def _work(config: dict[str, Any], workdir: str, quiet: bool) -> dict[str, Any]:
     """On a node: the result of its `command.search`, or {"failed", "what", "fix"}."""
-    from jaxtune import flags, heap
+    from jaxtune import cores, flags, heap
 
     flags.apply()
+    cores.share(freeze(config), search=True)
     heap.keep_freed()
     stderr.quiet = quiet
     from jaxtune.sweep.command import search as search_here

@@ -5,21 +5,15 @@ Reads commands on stdin, one a line, and answers each with one JSON object on st
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
-from jaxtune import heap
-
-heap.keep_freed()  # both as `jaxtune train` does, before jax starts its threads
-heap.pause_collector()
-
-import jax  # see above
 import protocol
 
-from jaxtune import aot, assemble, setup, sharding
+from jaxtune import cores, heap
 from jaxtune.config import Config, freeze
-from jaxtune.data import packing, pipeline
 
 
 def main() -> None:
@@ -32,6 +26,19 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     config = _config(args.adapter, args.dtype, args.rows, args.length)
+    os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
+    cores.share(config)  # all as `jaxtune train` does, before jax is there
+    heap.keep_freed()
+    heap.pause_collector()
+    serve(config, args)
+
+
+def serve(config: Config, args: argparse.Namespace) -> None:
+    import jax
+
+    from jaxtune import aot, assemble, setup, sharding
+    from jaxtune.data import packing, pipeline
+
     mesh = sharding.make_mesh(config.mesh)
     assembly = assemble.assemble(config, Path(args.base), mesh)
     config, assembly = aot.resolve_remat(config, assembly, mesh)
@@ -39,8 +46,9 @@ def main() -> None:
     program = setup.program(config, assembly, steps=1)
     train_step, eval_step = aot.steps(config, assembly, program, mesh, (args.length, None))
     state, frozen = setup.initial(config, assembly, program, mesh)
-    rows = pipeline.eval_batches(_rows(args.documents, args.length), args.rows)
-    batches = list(setup.to_mesh(rows, mesh))
+    documents = protocol.documents(args.documents)
+    rows = packing.pack([[packing.Example(*each, "") for each in documents]], args.length, True)
+    batches = list(setup.to_mesh(pipeline.eval_batches(rows, args.rows), mesh))
     heap.resume_collector()
 
     def first() -> dict[str, Any]:
@@ -74,11 +82,6 @@ def _config(adapter: str, dtype: str, rows: int, length: int) -> Config:
     values["optim"] |= {"lr": 1e-4, "schedule": "constant", "warmup": 0}
     values["train"]["batch_size"], values["data"]["max_length"] = rows, length
     return freeze(values)
-
-
-def _rows(file: str, length: int) -> packing.Rows:
-    examples = [packing.Example(*document, "") for document in protocol.documents(file)]
-    return packing.pack([examples], length, True)
 
 
 if __name__ == "__main__":
