@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import MutableMapping
+from pathlib import Path
 
 from jaxtune import flags
 from jaxtune.config import Config, MeshConfig
@@ -19,6 +20,7 @@ _PATIENCE = (
     "--xla_cpu_collective_call_terminate_timeout_seconds=86400"
 )
 
+_MOST = 8  # each device has adapters, moments and gradients of its own
 _count = 1
 
 
@@ -34,7 +36,8 @@ def share(
 
     To be called before jax is imported, of a command that trains adapters. Returns how many; 1, and
     nothing is changed, beside an accelerator, where the environment has said how many there are,
-    where the config has a mesh of its own, and where all weights are trained.
+    where the config has a mesh of its own, where all weights are trained, and on cores that are not
+    alike.
 
     Args:
       search: rows of the smallest batch of a sweep.
@@ -49,9 +52,9 @@ def share(
     wanted = in_turn and config.lora.r and config.mesh == MeshConfig()
     if not wanted or not flags.on_processor(environment):
         return 1
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = alike()
     rows = _searched(config) if search else config.train.batch_size // config.train.grad_accum
-    devices = max(d for d in range(1, here + 1) if rows % d == 0)
+    devices = max(d for d in range(1, min(here, _MOST) + 1) if rows % d == 0)
     if devices == 1:
         return 1
     environment["JAX_NUM_CPU_DEVICES"] = str(devices)
@@ -60,6 +63,19 @@ def share(
         environment["PJRT_NPROC"] = "1"  # no threads beside theirs
     _count = devices
     return devices
+
+
+def alike(system: Path = Path("/sys/devices")) -> int:
+    """Cores that this process may use; 1 where some are slower, or where nobody says.
+
+    Devices get as many rows each, so the others would wait for a slow one.
+    """
+    if not hasattr(os, "sched_getaffinity"):  # not Linux: a Mac has cores of two kinds
+        return 1
+    capacities = {file.read_text() for file in system.glob("system/cpu/cpu[0-9]*/cpu_capacity")}
+    if len(capacities) > 1 or (system / "cpu_atom").exists():
+        return 1
+    return len(os.sched_getaffinity(0))
 
 
 def _searched(config: Config) -> int:

@@ -27,7 +27,7 @@ def before_jax(monkeypatch: pytest.MonkeyPatch):
     """As in a process that has not imported jax, on a machine of so many cores."""
 
     def on(machine: int) -> None:
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(machine)), raising=False)
+        monkeypatch.setattr(cores, "alike", lambda: machine)
 
     monkeypatch.setattr(cores, "_count", 1)
     monkeypatch.delitem(sys.modules, "jax")
@@ -87,6 +87,27 @@ def test_elsewhere_nothing_is_changed(before_jax, changes, environment):
     assert cores.share(asked(**changes), environment=found) == 1
     assert found == given
     assert cores.count() == 1
+
+
+def test_devices_are_not_many_more_than_pay_for_their_own_adapters(before_jax):
+    before_jax(64)
+    environment = dict(QUIET)
+    assert cores.share(asked(train__batch_size=64), environment=environment) == 8
+    assert "PJRT_NPROC" not in environment
+
+
+@pytest.mark.parametrize("hybrid", ["arm", "intel", ""])
+def test_cores_of_two_kinds_do_not_wait_for_each_other(tmp_path, monkeypatch, hybrid):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    for number, capacity in enumerate(("1024", "446") if hybrid == "arm" else ("1024", "1024")):
+        folder = tmp_path / f"system/cpu/cpu{number}"
+        folder.mkdir(parents=True)
+        (folder / "cpu_capacity").write_text(capacity)
+    if hybrid == "intel":
+        (tmp_path / "cpu_atom").mkdir()
+    assert cores.alike(tmp_path) == (1 if hybrid else 3)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cores.alike(tmp_path) == 1
 
 
 def test_nothing_is_changed_once_jax_is_there(before_jax, monkeypatch):
@@ -166,8 +187,7 @@ def started(inputs: Path, workdir: Path) -> subprocess.Popen[str]:
 
 
 def test_a_run_on_all_cores_is_the_same_run_killed_or_not(inputs, tmp_path):
-    machine = len(os.sched_getaffinity(0))
-    expected = max(n for n in range(1, machine + 1) if 8 % n == 0)
+    expected = max(n for n in range(1, min(cores.alike(), 8) + 1) if 8 % n == 0)
     whole = started(inputs, tmp_path / "whole")
     _, said = whole.communicate(timeout=240)
     assert whole.returncode == 0, said
