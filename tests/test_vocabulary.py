@@ -67,7 +67,7 @@ def assert_close(found, expected):
     "wanted", [(0,), (0, 1), (1,)], ids=["frozen head", "trained", "head only"]
 )
 def test_loss_and_gradients(monkeypatch, chunk, wanted):
-    monkeypatch.setattr(vocabulary, "_chunks", lambda vocab: (chunk,))
+    monkeypatch.setattr(vocabulary, "chunk_tokens", lambda vocab: chunk)
     given = inputs(50)
     assert_close(measured(ours, given, wanted), measured(plain, given, wanted))
 
@@ -132,9 +132,9 @@ def test_trials_that_share_a_batch_have_sums_and_gradients_of_their_own(mesh):
 @pytest.mark.parametrize("rows", [7, 10, 50])  # of the vocabulary in a block, at most
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_blocks_of_the_vocabulary(monkeypatch, rows, softcap):
-    """Blocks that do and do not divide it, behind chunks of several sizes."""
+    """Blocks that do and do not divide it, and chunks that do not divide the tokens."""
     monkeypatch.setattr(vocabulary, "_ROWS", rows)
-    monkeypatch.setattr(vocabulary, "_chunks", lambda vocab: (64, 16, 7))
+    monkeypatch.setattr(vocabulary, "chunk_tokens", lambda vocab: 7)
     given = inputs(50)
     found = measured(partial(ours, softcap=softcap), given, (0,))
     assert_close(found, measured(partial(plain, softcap=softcap), given, (0,)))
@@ -169,7 +169,7 @@ def test_soft_cap_sharded(mesh):
 @pytest.mark.parametrize("vocab", [64, 50])  # 50 rows do not divide over 8, 4 devices
 @pytest.mark.parametrize("wanted", [(0,), (0, 1)], ids=["frozen head", "trained head"])
 def test_sharded(monkeypatch, mesh, vocab, wanted):
-    monkeypatch.setattr(vocabulary, "_chunks", lambda vocab: (16,))
+    monkeypatch.setattr(vocabulary, "chunk_tokens", lambda vocab: 16)
     given = inputs(vocab)
     expected = measured(plain, given, wanted)
     with jax.set_mesh(sharding.make_mesh(mesh)):
@@ -179,7 +179,7 @@ def test_sharded(monkeypatch, mesh, vocab, wanted):
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_devices_with_unequal_work_end_together(monkeypatch, mesh):
     """All loss in one row: without one trip count, collectives would hang or mix chunks."""
-    monkeypatch.setattr(vocabulary, "_chunks", lambda vocab: (8,))
+    monkeypatch.setattr(vocabulary, "chunk_tokens", lambda vocab: 8)
     x_BTD, head_VD, targets_BT, weights_BT = inputs(64, bearing=1.0)
     given = (x_BTD, head_VD, targets_BT, weights_BT * (jnp.arange(ROWS) == 5)[:, None])
     expected = measured(plain, given, (0, 1))
@@ -199,13 +199,13 @@ def test_tokens_without_loss_are_not_visited():
     ahead = jnp.where((weights_BT == 0)[..., None], jnp.nan, x_BTD)
     # Chunks of one token: with larger ones a last chunk is filled up with its neighbours.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocabulary, "_chunks", lambda vocab: (1,))
+        patch.setattr(vocabulary, "chunk_tokens", lambda vocab: 1)
         found = measured(ours, (ahead, head_VD, targets_BT, weights_BT), (0,))
     assert_close(found, measured(plain, (x_BTD, head_VD, targets_BT, weights_BT), (0,)))
 
 
 def test_a_frozen_head_costs_no_gradient(monkeypatch):
-    monkeypatch.setattr(vocabulary, "_chunks", lambda vocab: (8,))
+    monkeypatch.setattr(vocabulary, "chunk_tokens", lambda vocab: 8)
     given = inputs(50)
     program = jax.jit(jax.grad(lambda *args: token_loss(*args).loss)).lower(*given).as_text()
     trained = jax.jit(jax.grad(lambda *args: token_loss(*args).loss, (0, 1))).lower(*given)
