@@ -58,7 +58,7 @@ def share(
     if devices == 1:
         return 1
     environment["JAX_NUM_CPU_DEVICES"] = str(devices)
-    environment["XLA_FLAGS"] = f"{flagged} {_PATIENCE}".strip()
+    environment["XLA_FLAGS"] = f"{_PATIENCE} {flagged}".strip()  # what is given wins
     if devices == here:
         environment["PJRT_NPROC"] = "1"  # no threads beside theirs
     _count = devices

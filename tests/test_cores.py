@@ -62,7 +62,7 @@ def test_with_more_cores_than_divide_the_rows_threads_remain(before_jax):
     assert cores.share(asked(), environment=environment) == 2
     assert environment == QUIET | {
         "JAX_NUM_CPU_DEVICES": "2",
-        "XLA_FLAGS": f"--xla_dump_to=there {PATIENCE}",
+        "XLA_FLAGS": f"{PATIENCE} --xla_dump_to=there",
     }
 
 

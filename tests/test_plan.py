@@ -177,7 +177,7 @@ def test_the_large_temporaries_are_in_what_xla_compiles(folder, changes):
     gradients = {name: size for name, size in found.items() if name.startswith("gradient of ")}
     assert len(gradients) == len(assembly.trained)
     assert {size for size in gradients.values() if (size, False) not in arrays} == set()
-    assert found["logits of a chunk"] == 512 * V * 4
+    assert found["logits of a chunk"] == 128 * V * 4
 
 
 def test_what_is_made_anew_is_named_among_equals(folder):
