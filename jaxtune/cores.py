@@ -44,8 +44,10 @@ def share(
     """
     global _count
     given = {"JAX_NUM_CPU_DEVICES", "PJRT_NPROC"} & environment.keys()
-    flagged = environment.get("XLA_FLAGS", "")
-    if given or "xla_force_host_platform_device_count" in flagged or "jax" in sys.modules:
+    flagged = environment.get("XLA_FLAGS", "").strip()
+    told = "xla_force_host_platform_device_count" in flagged
+    in_file = flagged and not flagged.startswith("-")  # XLA reads it, and then nothing else
+    if given or told or in_file or "jax" in sys.modules:
         return 1
     # Programs in flight at once on devices with a thread each may wait for each other for ever.
     in_turn = environment.get("JAX_CPU_ENABLE_ASYNC_DISPATCH", "").lower() in ("false", "0")
@@ -83,7 +85,8 @@ def _searched(config: Config) -> int:
     batch = config.train.batch_size
     rows = batch // config.train.grad_accum
     if not config.sweep.space:  # its own has half of the batch too, where that can be
-        return rows // 2 if rows % 2 == 0 else rows
+        halved = batch % (2 * config.train.grad_accum) == 0
+        return math.gcd(rows, batch // 2 if halved else batch)
     axis = dict(config.sweep.space).get("train.batch_size", ("choice",))
     sizes = axis[1:] if isinstance(axis, tuple) and axis[:1] == ("choice",) else (1,)
     # What is wrong with a space is said where it is read.

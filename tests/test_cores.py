@@ -77,6 +77,7 @@ def test_with_more_cores_than_divide_the_rows_threads_remain(before_jax):
         ({}, {"JAX_NUM_CPU_DEVICES": "1"}),
         ({}, {"PJRT_NPROC": "2"}),
         ({}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}),
+        ({}, {"XLA_FLAGS": "flags.txt"}),
         ({}, {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "true"}),
     ],
 )
@@ -132,6 +133,12 @@ def test_a_sweep_has_devices_for_its_smallest_batch(before_jax, space, batch, de
     before_jax(8)
     found = asked(sweep__space=space, train__batch_size=batch)
     assert cores.share(found, search=True, environment=dict(QUIET)) == devices
+
+
+def test_a_sweep_of_accumulated_batches_needs_no_smaller_micro_batch(before_jax):
+    before_jax(8)
+    found = asked(train__batch_size=8, train__grad_accum=4)
+    assert cores.share(found, search=True, environment=dict(QUIET)) == 2
 
 
 def test_the_devices_are_copies_of_the_model_unless_a_mesh_is_asked_for(monkeypatch):
